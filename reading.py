@@ -5,6 +5,7 @@ read line by line here rather than through `datasets`, which cannot say which li
 `datasets` reads what is on the Hugging Face hub.
 """
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -94,7 +95,7 @@ def _object(value, where) -> dict:
 
 def _csv_rows(path, text, delimiter):
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if header is None:

@@ -139,6 +139,7 @@ def load_model(name, device, precision, offline, max_seq_length=None):
     reachable = prepare_hub(where, offline)
     import torch
     import transformers
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -146,7 +147,7 @@ def load_model(name, device, precision, offline, max_seq_length=None):
     try:
         model = SentenceTransformer(where, device=device, local_files_only=not reachable, trust_remote_code=False,
                                     model_kwargs={"dtype": dtype, "use_safetensors": True})
-    except (OSError, ValueError, ImportError, KeyError) as e:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as e:
         why = "" if reachable or Path(where).is_dir() else (
             "; the Hugging Face hub was not tried" if offline else "; the Hugging Face hub cannot be reached")
         raise UserError(f"cannot load model {name}: {first_line(e)}{why} (give a folder that holds a model)")
@@ -203,7 +204,9 @@ def encode(model, texts, kind: str, batch_size=32):
     for start in range(0, len(todo), 4096):  # a long run that is stopped keeps what it has
         part = list(todo)[start:start + 4096]
         vectors = embed([todo[k] for k in part], batch_size=batch_size, convert_to_numpy=True,
-                        normalize_embeddings=True, show_progress_bar=len(part) > 8 * batch_size).astype(np.float32)
+                        show_progress_bar=len(part) > 8 * batch_size).astype(np.float32)
+        # here, not in the model: a model in bf16 would normalise in bf16, to lengths 0.4% off
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
         if not np.isfinite(vectors).all():
             raise UserError("the model gives vectors that are not finite (try --precision fp32, or train again)")
         with replacing(folder / f"{text_id(' '.join(part))}.npz", "wb") as f:
