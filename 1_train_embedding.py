@@ -279,7 +279,7 @@ def main(argv=None):
     timer, out = Timer(), Path(args.out)
     checkpoints = out / "checkpoints"
     with timer("read"):
-        find_model(args.base_model)
+        find_model(args.base_model, args.offline)
         splits, inputs = read_triplets(args)
         rows = need_split(splits, "train", args)[:args.limit]
         columns = train_columns(rows, args.seed)

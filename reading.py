@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from common import ROOT, UserError, first_line, looks_like_path, normalise, note, prepare_hub, text_id
+from common import ROOT, UserError, first_line, looks_like_path, normalise, note, prepare_hub, text_id, why_no_hub
 
 DATA = ROOT / "data"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -173,13 +173,13 @@ def _split_file(folder, name):
 
 def _hub_rows(name, offline) -> dict:
     """The splits of a Hugging Face dataset as {split: [(where, row)]}."""
-    reachable = prepare_hub(name, offline)
+    reachable = prepare_hub(offline)
     import datasets
     try:
         found = datasets.load_dataset(name)
     except Exception as e:  # the hub client raises a different type for each way to fail
-        why = "" if reachable else "; the Hugging Face hub was not tried" if offline else "; the Hugging Face hub cannot be reached"
-        raise UserError(f"cannot load dataset {name}: {first_line(e)}{why} (give a local folder or file)")
+        why = first_line(e) if reachable else why_no_hub(offline)
+        raise UserError(f"cannot load dataset {name}: {why} (give a local folder or file)")
     splits = {s: found[s] for s in SPLITS if s in found}
     if not splits:
         raise UserError(f"dataset {name} has no train, validation or test split (it has: {', '.join(found)})")

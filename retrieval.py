@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from common import (CORPUS, FINETUNED, RUNS, UserError, file_sha256, first_line, looks_like_path, note, number, prepare_hub,
-                    replacing, text_id)
+                    replacing, text_id, why_no_hub)
 from reading import read_corpus, read_queries
 
 CACHE = RUNS / "cache"
@@ -46,7 +46,7 @@ def read_evaluation(args, depth):
     """
     names = {"baseline": args.baseline or baseline_of(args.finetuned), "finetuned": args.finetuned}
     for name in names.values():
-        find_model(name)
+        find_model(name, args.offline)
     corpus = read_corpus(args.corpus)
     queries, qrels, inputs = read_queries(args, corpus)
     if depth > len(corpus):
@@ -75,10 +75,11 @@ def gold_cosines(found, gold_rows) -> list[float]:
 
 # ---------------------------------------------------------------- models
 
-def find_model(name: str) -> str:
+def find_model(name: str, offline: bool) -> str:
     """The folder of a local model (the default one is in its package), else `name` as a hub id.
 
-    Raises UserError for a path that is not there or not a model, without a look at the network.
+    Raises UserError for a path that is not there or not a model, without a look at the network; and
+    for a hub id that is not in the cache while the hub is out of reach.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -91,6 +92,10 @@ def find_model(name: str) -> str:
         return _packaged_model()
     if looks_like_path(name):
         raise UserError(f"model folder {name} does not exist")
+    if not prepare_hub(offline):
+        from huggingface_hub import try_to_load_from_cache
+        if not any(isinstance(try_to_load_from_cache(name, f), str) for f in ("modules.json", "config.json")):
+            raise UserError(f"cannot load model {name}: it is not in the cache and {why_no_hub(offline)} (give a folder that holds a model)")
     return name
 
 
@@ -135,8 +140,8 @@ def load_model(name, device, precision, offline, max_seq_length=None):
 
     Never runs code that comes with a model, and reads safetensors only. `name` as for find_model().
     """
-    where = find_model(name)
-    reachable = prepare_hub(where, offline)
+    where = find_model(name, offline)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     import transformers
     from safetensors import SafetensorError
@@ -145,12 +150,11 @@ def load_model(name, device, precision, offline, max_seq_length=None):
     transformers.utils.logging.disable_progress_bar()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     try:
-        model = SentenceTransformer(where, device=device, local_files_only=not reachable, trust_remote_code=False,
+        model = SentenceTransformer(where, device=device, trust_remote_code=False,
+                                    local_files_only=Path(where).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1",
                                     model_kwargs={"dtype": dtype, "use_safetensors": True})
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as e:
-        why = "" if reachable or Path(where).is_dir() else (
-            "; the Hugging Face hub was not tried" if offline else "; the Hugging Face hub cannot be reached")
-        raise UserError(f"cannot load model {name}: {first_line(e)}{why} (give a folder that holds a model)")
+        raise UserError(f"cannot load model {name}: {first_line(e)} (give a folder that holds a model)")
     if max_seq_length:
         model.max_seq_length = max_seq_length
     return model.eval()
