@@ -43,17 +43,37 @@ def test_one_row_or_one_positive_cannot_be_trained_on():
 
 
 @pytest.mark.parametrize("distinct, bsz", [(20, 16), (20, 8), (3, 8), (200, 16)])
-def test_the_sampler_reaches_every_row_in_every_epoch_and_repeats_no_text_in_a_batch(distinct, bsz):
+def test_the_sampler_reaches_every_row_in_every_epoch_and_repeats_no_positive_in_a_batch(distinct, bsz):
     import datasets
     import torch
-    rows = datasets.Dataset.from_dict({"query": [f"q{i}" for i in range(200)], "positive": [f"p{i % distinct}" for i in range(200)]})
+    rows = datasets.Dataset.from_dict({"query": [f"q{i}" for i in range(200)], "positive": [f"p{i % distinct}" for i in range(200)],
+                                       "negative": [f"p{i * 7 % 5}" if i % 5 else "common" for i in range(200)]})
     sampler = s1.make_sampler(3)(rows, batch_size=bsz, drop_last=False, seed=1, generator=torch.Generator())
+    orders = set()
     for epoch in range(3):
         sampler.set_epoch(epoch)
         batches = list(sampler)[:len(sampler)]
+        orders.add(str(batches))
         assert {i for b in batches for i in b} == set(range(200))
         for b in batches:
-            assert len({rows[i]["positive"] for i in b}) == len(b) <= bsz
+            positives = [rows[i]["positive"] for i in b]
+            assert len(set(positives)) == len(b) <= bsz
+            others = {rows[i]["negative"] for i in b}
+            assert not [i for i in b if rows[i]["positive"] in others - {rows[i]["negative"]}]
+    assert len(orders) == 3
+
+
+def test_batches_are_dealt_evenly_and_a_common_negative_forces_no_extra_batch():
+    rows = [[f"q{i}", f"p{i}", "common"] for i in range(100)]
+    batches = s1.deal_rows(rows, range(100), 32)
+    assert sorted(map(len, batches)) == [25, 25, 25, 25]
+
+
+def test_a_positive_never_meets_itself_as_the_negative_of_another_row():
+    rows = [["q0", "a", "b"], ["q1", "b", "c"], ["q2", "c", "d"], ["q0", "e", "f"]]
+    batches = s1.deal_rows(rows, range(4), 4)
+    side = {i: n for n, b in enumerate(batches) for i in b}
+    assert side[0] != side[1] != side[2] and side[0] != side[3] and sorted(side) == [0, 1, 2, 3]
 
 
 def test_validation_holds_every_validation_text_once_and_no_test_positive():
@@ -112,7 +132,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(d
     train(data, tiny_model, tmp_path / "whole", "--dropout", "0.1")
     with monkeypatch.context() as m:
         interrupt_after(m, 2)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(UserError, match="--resume"):
             train(data, tiny_model, tmp_path / "cut", "--dropout", "0.1")
     with pytest.raises(UserError, match="cannot resume: lr changed"):
         train(data, tiny_model, tmp_path / "cut", "--dropout", "0.1", "--lr", "2e-3", "--resume")
@@ -132,14 +152,14 @@ def test_an_earlier_model_survives_a_run_that_fails(data, tiny_model, tmp_path, 
     train(data, tiny_model, tmp_path)
     before = weights(tmp_path)
     interrupt_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(UserError, match="--resume"):
         train(data, tiny_model, tmp_path, "--seed", "7")
     assert weights(tmp_path) == before and (tmp_path / "run.json").exists()
 
 
 def test_nothing_that_is_published_holds_training_text(data, tiny_model, tmp_path, monkeypatch):
     interrupt_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(UserError, match="--resume"):
         train(data, tiny_model, tmp_path)
     monkeypatch.undo()
     checkpoints = list(tmp_path.glob("checkpoints/checkpoint-*"))
