@@ -2,9 +2,9 @@
 
 Both models search the same corpus for the same queries, in the same precision and with the same
 length limit, by exact cosine search in FAISS; bm25 and its fusion with the fine-tuned model (rrf)
-stand beside them. Equal texts are one document; equal scores are ordered by a hash of the text,
-which favours no system. The verdict rests on nDCG@10 alone, chosen in advance; the other
-comparisons are corrected for their number. Queries and gold documents that training has seen are
+stand beside them. Equal texts are one document; equal scores are ordered by document id, in a corpus
+from stage 0 a hash of the text, which favours no system. The verdict rests on nDCG@10 alone, chosen
+in advance; the other comparisons are corrected for their number. Queries and gold documents that training has seen are
 looked for, and everything is computed again without them.
 
 Reads:  runs/corpus.jsonl, the splits of --data (or --queries and --qrels), runs/finetuned/final and
@@ -65,9 +65,12 @@ def interval(value, bounds, sign="") -> str:
     return f"{value:{sign}.3f} [{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]"
 
 
+def p_text(p) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def change_cells(c) -> list[str]:
-    return [interval(c["change"], c["interval"], "+"), "<0.001" if c["p_holm"] < 0.001 else f"{c['p_holm']:.3f}",
-            f"{c['win']}/{c['tie']}/{c['loss']}"]
+    return [interval(c["change"], c["interval"], "+"), p_text(c["p_holm"]), f"{c['win']}/{c['tie']}/{c['loss']}"]
 
 
 def table_of_metrics(levels, comparisons, whole=None):
@@ -111,7 +114,7 @@ def verdict_lines(systems, levels, comparisons, record) -> list[str]:
     c, (before, after) = comparisons["finetuned"][FIRST], (systems[s]["values"][:, FIRST] for s in SYSTEMS)
     n, word, more = len(before), verdict_of(comparisons), queries_needed(after - before)
     lines = [f"Verdict: {'' if word == 'not distinguishable' else 'the fine-tuned model is '}{word} with {n} queries ({PRIMARY} "
-             f"{before.mean():.3f} -> {after.mean():.3f}, change {interval(c['change'], c['interval'], '+')}, p = {c['p']:.3f})."]
+             f"{before.mean():.3f} -> {after.mean():.3f}, change {interval(c['change'], c['interval'], '+')}, p {p_text(c['p'])})."]
     if (after == before).all():
         lines.append(f"No query's {PRIMARY} changed.")
     else:
@@ -141,7 +144,11 @@ def help_lines(ranks, levels, comparisons, record) -> list[str]:
 
 def context_line(systems, seed) -> tuple[dict, str]:
     """What the fine-tuned model's hits cost in tokens for an LLM, against the baseline's first 10 documents."""
-    saved = context_saved(*((systems[s]["rank"], systems[s]["context"]) for s in SYSTEMS), 10, seed)
+    saved = context_saved(*((systems[s]["rank"], systems[s]["context"]) for s in SYSTEMS), 10, seed) | {"curve": {
+        name: {"tokens": s["context"].mean(0).tolist(), "hit": [sum(r <= k for r in s["rank"]) / len(s["rank"]) for k in
+               range(1, s["context"].shape[1] + 1)]} for name, s in systems.items()}}
+    if not saved["hit"]:
+        return saved, "For an LLM: the baseline's first 10 documents hold gold for no query."
     text = (f"For an LLM: the baseline's first 10 documents hold gold for {saved['hit']:.0%} of the queries; its first {saved['k_before']} "
             f"are enough for that, {saved['tokens_before']:,.0f} tokens on average (by the fine-tuned model's tokenizer). ")
     if saved["k"] is None:
@@ -288,8 +295,8 @@ def judge(systems, rankings, searcher, golds, splits, seed):
     return full, seen, statistics(values, seed) if keep else None
 
 
-def remark_lines(found, seen, full, clean, servers, n_queries) -> list[str]:
-    """What to know beside the tables: training text, merged documents, misses fixed, servers asked."""
+def remark_lines(found, seen, full, clean, systems, servers, n_queries) -> list[str]:
+    """What to know beside the tables: training text, merged documents, ties, misses fixed, servers asked."""
     lines = []
     if seen:
         q, g, d = seen["queries"], seen["gold"], seen["distractors"]
@@ -301,6 +308,10 @@ def remark_lines(found, seen, full, clean, servers, n_queries) -> list[str]:
                      f"has not seen: {verdict_of(clean[1]) if clean else 'nothing left'}.")
     if found["merged"]:
         lines.append(f"{found['merged']} documents equal another: counted as one. Apart, they would have held Hit@1 to {found['hit1_ceiling']:.3f} at most.")
+    ties = {s: sum(gap == 0 for gap in systems[s]["gap"]) for s in SYSTEMS}
+    if any(ties.values()):
+        lines.append(f"Gold has the same score as the best wrong document for {ties['baseline']} queries (baseline) and {ties['finetuned']} "
+                     "(fine-tuned): the larger document id goes first.")
     first, missed = full[1]["finetuned"][0], round(n_queries * (1 - full[0]["baseline"]["Hit@1"][0]))
     if missed:
         lines.append(f"Of the baseline's {missed} misses at rank 1 the fine-tuned model gets {first['win']} right ({first['win'] / missed:.0%}).")
@@ -356,14 +367,13 @@ def main(argv=None):
     tables = [table_of_metrics(*full)] + [table_of_systems(*full)] * (len(systems) > 2)
     lines = verdict_lines(systems, *full, record)
     tables_clean = [table_of_metrics(*clean, full[1])] if clean else []
-    remarks = remark_lines(found, seen, full, clean, searcher.remarks, len(queries)) + [saved_line]
+    remarks = remark_lines(found, seen, full, clean, systems, searcher.remarks, len(queries)) + [saved_line]
     write_markdown(out / "table.md", size, tables + tables_clean + [table_of_slices(parts)], [*lines, "", METHOD, "", *(f"- {x}" for x in remarks)])
     facts = {"queries": len(queries), "documents": len(corpus), "models": names, "max_seq_length": searcher.limits[names["finetuned"]],
              "limits": searcher.limits, "servers": searcher.remarks, "merged": found["merged"], "hit1_ceiling": found["hit1_ceiling"],
              "left_out": found.get("left_out", []), "primary": PRIMARY, "verdict": verdict_of(full[1]), "verdict_lines": lines}
     write_json(out / "metrics.json", facts | as_json(*full) | {
-        "training_has_seen": seen and {k: seen[k] for k in seen if k not in ("leaked", "seen")}, "clean": as_json(*clean) if clean else None, "context": saved | {"curve": {
-            name: s["context"].mean(0).tolist() for name, s in systems.items()}}, "slices": parts})
+        "training_has_seen": seen and {k: seen[k] for k in seen if k not in ("leaked", "seen")}, "clean": as_json(*clean) if clean else None, "context": saved, "slices": parts})
     write_json(out / "run.json", run_record("2_eval_retrieval.py", args, inputs, timer.seconds, device=device, precision=precision,
                                             counts={"queries": len(queries), "documents": len(corpus)}, result=as_json(*full)["metrics"]))
 
