@@ -150,7 +150,7 @@ def test_every_command_in_a_docstring_is_one_that_the_script_accepts():
 
 def test_every_flag_is_read(monkeypatch):
     """A flag that no line of code reads would be a promise without an effect."""
-    source = "".join((ROOT / f).read_text(encoding="utf-8") for f in [*SCRIPTS, "common.py", "reading.py", "retrieval.py"])
+    source = "".join((ROOT / f).read_text(encoding="utf-8") for f in [*SCRIPTS, *(p.name for p in ROOT.glob("[a-z]*.py"))])
     for n in range(4):
         for flag in vars(stage(n).parse_args([])):
             assert re.search(rf"args\.{flag}\b", source), f"{SCRIPTS[n]} --{flag}"

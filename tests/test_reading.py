@@ -11,7 +11,7 @@ from reading import Triplet, read_corpus, read_documents, read_queries, read_row
 
 def arguments(data, **more):
     return argparse.Namespace(**{"data": str(data), "query_col": "query", "positive_col": "positive", "negative_col": "negative",
-                                 "offline": True, "limit": None} | more)
+                                 "offline": True, "limit": None, "queries": None, "qrels": None} | more)
 
 
 def row(i=0, **changes):
@@ -172,13 +172,13 @@ def test_a_corpus_that_misses_a_gold_document_is_an_error_with_the_cure(tmp_path
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "something else"}])
     args = arguments(data, corpus=str(tmp_path / "corpus.jsonl"))
     with pytest.raises(UserError, match="lacks the positive of 6 test rows, the first at .*test.jsonl:1 .*0_build_corpus.py"):
-        read_queries(args, read_corpus(args.corpus))
+        read_queries(args, read_corpus(args.corpus), {})
 
 
 def test_equal_queries_are_one_query_with_all_its_positives(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", [{"query": "a", "positive": "x"}, {"query": " a ", "positive": "y"}])
     corpus = [{"_id": "1", "text": "x "}, {"_id": "2", "text": "y"}]
-    queries, qrels, _ = read_queries(arguments(tmp_path, corpus="c"), corpus)
+    queries, qrels, _ = read_queries(arguments(tmp_path, corpus="c"), corpus, {})
     assert [t for _, t in queries] == ["a"] and list(qrels.values()) == [{"1": 1, "2": 1}]
 
 
