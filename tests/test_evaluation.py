@@ -200,8 +200,11 @@ def test_equal_texts_under_other_ids_are_one_document(evaluated, graded):
         assert not line.split()[2].startswith("copy")
     # copy-1 was judged relevant for every query: the document it equals is
     first = read_jsonl(graded / "corpus.jsonl")[0]["_id"]
-    judged = {line.split()[0] for line in (evaluated.out / "qrels.trec").read_text().splitlines() if line.split()[2] == first}
-    assert len(judged) == evaluated.metrics["queries"]
+    merged = {q: int(g) for q, _, d, g in (x.split() for x in (evaluated.out / "qrels.trec").read_text().splitlines()) if d == first}
+    given = {q: int(g) for q, d, g in (x.split("\t") for x in (graded / "qrels.tsv").read_text().splitlines()[1:]) if d == first}
+    given.pop("nothing")
+    assert len(merged) == evaluated.metrics["queries"] and max(given.values()) > 1
+    assert merged == {q: max(1, given.get(q, 0)) for q in merged}  # the copy's grade is 1; the better judgement holds
 
 
 def test_the_ceiling_that_copies_put_on_hit1_by_hand():
