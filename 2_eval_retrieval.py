@@ -132,7 +132,7 @@ def help_lines(ranks, levels, comparisons, record) -> list[str]:
     for s, (c, *_) in comparisons.items():
         if s != "finetuned":
             word = verdict(c | {"p": c["p_holm"]})
-            lines.append(f"- {s} is {'level with' if word == 'not distinguishable' else word + ' than'} the fine-tuned model "
+            lines.append(f"- {s} is {word} {'from' if word == 'not distinguishable' else 'than'} the fine-tuned model "
                          f"({PRIMARY} {levels[s][PRIMARY][0]:.3f}, {interval(c['change'], c['interval'], '+')}).")
     near, far = (sum(r <= k for r in ranks) / len(ranks) for k in (10, DEPTH))
     lines.append(f"- Gold is among the first 10 for {near:.0%} of the queries and among the first {DEPTH} for {far:.0%}: reranking those "
@@ -378,7 +378,7 @@ def main(argv=None):
                                             counts={"queries": len(queries), "documents": len(corpus)}, result=as_json(*full)["metrics"]))
 
     show(tables, [METHOD, "", *lines])
-    show(tables_clean, [""] * bool(clean) + remarks)
+    show(tables_clean, ["", *remarks])
     print("\n" + "\n".join(examples(systems, queries, golds, corpus)))
     print(f"\nSaved metrics, table.md, per_query.csv, runs and plots to {out}\nNext: python 3_rag_batch_eval.py")
 

@@ -456,7 +456,7 @@ def test_a_small_move_over_225_queries_is_not_distinguishable_and_the_lines_say_
     lines = s2.verdict_lines({k: {"values": v, "rank": moved.tolist()} for k, v in system.items()}, levels, comparisons, {"counts": {"rows": 395}})
     text = "\n".join(lines)
     assert lines[0].startswith("Verdict: not distinguishable with 225 queries (nDCG@10 0.505 -> 0.514, change +0.009 [")
-    assert "- bm25 is level with the fine-tuned model (nDCG@10 0.504" in text
+    assert "- bm25 is not distinguishable from the fine-tuned model (nDCG@10 0.504" in text
     assert "a change of +0.009 would take about" in text and "trained on 395 rows" in text and "among the first 100" in text
     needed = int(text.split("would take about ")[1].split(".")[0].replace(",", ""))
     assert needed > 225
