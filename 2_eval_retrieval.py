@@ -132,7 +132,7 @@ def help_lines(ranks, levels, comparisons, record) -> list[str]:
     for s, (c, *_) in comparisons.items():
         if s != "finetuned":
             word = verdict(c | {"p": c["p_holm"]})
-            lines.append(f"- {s} is {'level with' if word == 'not distinguishable' else word + ' than'} the fine-tuned model "
+            lines.append(f"- {s} is {word} {'from' if word == 'not distinguishable' else 'than'} the fine-tuned model "
                          f"({PRIMARY} {levels[s][PRIMARY][0]:.3f}, {interval(c['change'], c['interval'], '+')}).")
     near, far = (sum(r <= k for r in ranks) / len(ranks) for k in (10, DEPTH))
     lines.append(f"- Gold is among the first 10 for {near:.0%} of the queries and among the first {DEPTH} for {far:.0%}: reranking those "
@@ -307,7 +307,8 @@ def remark_lines(found, seen, full, clean, systems, servers, n_queries) -> list[
         lines.append(f"The clean part, {seen['clean']['queries']} queries over the {seen['clean']['documents']} documents that training "
                      f"has not seen: {verdict_of(clean[1]) if clean else 'nothing left'}.")
     if found["merged"]:
-        lines.append(f"{found['merged']} documents equal another: counted as one. Apart, they would have held Hit@1 to {found['hit1_ceiling']:.3f} at most.")
+        lines.append(f"{found['merged']} documents equal another: counted as one. Apart, they would have held Hit@1 to "
+                     f"{found['hit1_ceiling']:.3f} at most.")
     ties = {s: sum(gap == 0 for gap in systems[s]["gap"]) for s in SYSTEMS}
     if any(ties.values()):
         lines.append(f"Gold has the same score as the best wrong document for {ties['baseline']} queries (baseline) and {ties['finetuned']} "
@@ -373,12 +374,13 @@ def main(argv=None):
              "limits": searcher.limits, "servers": searcher.remarks, "merged": found["merged"], "hit1_ceiling": found["hit1_ceiling"],
              "left_out": found.get("left_out", []), "primary": PRIMARY, "verdict": verdict_of(full[1]), "verdict_lines": lines}
     write_json(out / "metrics.json", facts | as_json(*full) | {
-        "training_has_seen": seen and {k: seen[k] for k in seen if k not in ("leaked", "seen")}, "clean": as_json(*clean) if clean else None, "context": saved, "slices": parts})
+        "training_has_seen": seen and {k: seen[k] for k in seen if k not in ("leaked", "seen")},
+        "clean": as_json(*clean) if clean else None, "context": saved, "slices": parts})
     write_json(out / "run.json", run_record("2_eval_retrieval.py", args, inputs, timer.seconds, device=device, precision=precision,
                                             counts={"queries": len(queries), "documents": len(corpus)}, result=as_json(*full)["metrics"]))
 
     show(tables, [METHOD, "", *lines])
-    show(tables_clean, [""] * bool(clean) + remarks)
+    show(tables_clean, ["", *remarks])
     print("\n" + "\n".join(examples(systems, queries, golds, corpus)))
     print(f"\nSaved metrics, table.md, per_query.csv, runs and plots to {out}\nNext: python 3_rag_batch_eval.py")
 

@@ -108,6 +108,13 @@ def test_the_bootstrap_interval_is_scipys_for_many_queries():
     assert percentiles(bootstrap_means(values[:, None], 0), 400)[:, 0] == pytest.approx(theirs, abs=0.003)
 
 
+def test_for_few_queries_of_normal_spread_the_interval_is_students():
+    from scipy.stats import norm, t
+    values = norm.ppf((np.arange(10) + 0.5) / 10)
+    theirs = t.interval(0.95, 9, 0, values.std(ddof=1) / np.sqrt(10))
+    assert percentiles(bootstrap_means(values[:, None], 0, 40_000), 10)[:, 0] == pytest.approx(theirs, rel=0.03)
+
+
 def test_samples_do_not_depend_on_how_many_are_held_in_memory(monkeypatch):
     d = np.random.default_rng(0).normal(size=(50, 3))
     whole = bootstrap_means(d, 7, 100), randomisation_p(d, 7, 100)
