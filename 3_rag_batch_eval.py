@@ -242,25 +242,23 @@ def headline(s, args) -> list[tuple[str, str]]:
     def p_of(test):
         return "" if test["p"] is None else " (exact sign test: p < 0.001)" if test["p"] < 0.001 else f" (exact sign test: p = {test['p']:.3f})"
 
-    def pick(test, more, less, up, down, chance, none):
+    def pick(test, more, less, none, chance, up, down):
         return none if test["p"] is None else chance if test["p"] >= 0.05 else up if test[more] > test[less] else down
-    n, k, change = s["queries"], s["context_k"], s["retrieval"]
-    out = [(pick(change, "fixed", "broken", "The fine-tuned model finds the right document more often",
-                 "The fine-tuned model finds the right document less often", "No clear difference in retrieval",
-                 "Both models find the right document for the same queries"),
-            f"A gold document is among the first {k} for {s['gold_in_context']['baseline']} of {n} queries with the baseline and for "
-            f"{s['gold_in_context']['finetuned']} with the fine-tuned model: {change['fixed']} fixed, {change['broken']} broken{p_of(change)}."
-            + (" That few changes can be chance." if (change["p"] or 0) >= 0.05 else ""))]
+    n, k, change, gold = s["queries"], s["context_k"], s["retrieval"], s["gold_in_context"]
+    text = (f"A gold document is {'at rank 1' if k == 1 else f'among the first {k}'} for {gold['baseline']} of {n} queries with the baseline "
+            f"and for {gold['finetuned']} with the fine-tuned model: {change['fixed']} fixed, {change['broken']} broken{p_of(change)}.")
+    out = [(pick(change, "fixed", "broken", "Both models find the right document for the same queries", "No clear difference in retrieval",
+                 "The fine-tuned model finds the right document more often", "The fine-tuned model finds the right document less often"), text)]
     if args.llm:
         a, table = s["answers"], s["attribution"]
         by = f"judged by {args.judge}" if args.judge else "compared by whether they name a gold document"
-        text = (f"Answers by {args.llm}, {by}: better with the fine-tuned model for {a['better']} of {n} queries, worse for {a['worse']}, "
+        text = (f"Answers ({args.llm}), {by}: better with the fine-tuned model for {a['better']} of {n} queries, worse for {a['worse']}, "
                 f"the same for {a['same']}" + (f", not known for {a['unknown']}" if a["unknown"] else "") + f"{p_of(a)}.")
-        if change["fixed"] or change["broken"]:
-            text += (f" Where retrieval was fixed, {table['fixed']['better']} of {change['fixed']} answers are better; "
-                     f"where it was broken, {table['broken']['worse']} of {change['broken']} are worse.")
-        out.append((pick(a, "better", "worse", "The answers are better", "The answers are worse", "No clear difference in the answers",
-                         "No answer is known to be better or worse"), text))
+        for where, what in (("fixed", "better"), ("broken", "worse")):
+            if change[where]:
+                text += f" Of the {change[where]} queries that retrieval {where}, {table[where][what]} ha{'s' if table[where][what] == 1 else 've'} a {what} answer."
+        out.append((pick(a, "better", "worse", "No answer is known to be better or worse", "No clear difference in the answers",
+                         "The answers are better", "The answers are worse"), text))
     return out
 
 
@@ -325,7 +323,7 @@ def write_page(path, records, corpus, summary, names, args) -> None:
 def print_result(summary, args) -> None:
     n, k, depth = (summary[x] for x in ("queries", "context_k", "depth"))
     print_table([(f"gold among the first {depth}", *summary["gold_in_top"].values()),
-                 (f"gold among the first {k}, which are read", *summary["gold_in_context"].values()),
+                 (f"gold among the first {k} (read)", *summary["gold_in_context"].values()),
                  ("gold first", *summary["gold_first"].values())], (f"{n} queries", "baseline", "fine-tuned"))
     for title, text in headline(summary, args):
         print(f"\n{title}.\n{text}")

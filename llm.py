@@ -70,7 +70,7 @@ def cut(text: str, tokens: int) -> str:
     while end and (unicodedata.category(text[end]) in ("Mn", "Mc", "Me", "Sk") or "\u200d" in text[end - 1:end + 1]):
         end -= 1  # an accent, or a part of a joined emoji, stays with its base
     blank = max(head.rfind(c, 0, end + 1) for c in " \n")
-    return head[:blank if blank > end - 40 else end].rstrip() + " …"
+    return head[:blank if blank > max(end - 40, 0) else end].rstrip() + " …"
 
 
 @functools.cache

@@ -105,17 +105,19 @@
       title ? el("p", { class: "title" }, title) : null, longText(text, 280));
   };
 
+  const answerOf = (q, role) => {
+    const cited = q[role].cites.map((d) => d + (q.gold.includes(d) ? " ★" : "")).join(", ");
+    return el("div", { class: "answer" },
+      el("p", { class: "text pre" }, q[role].answer || "no answer"),
+      el("p", { class: "fine" }, (cited ? "names " + cited : "names no document") + " · context of about " + q[role].tokens + " tokens"));
+  };
+
   const columnOf = (q, role) => {
     const k = data.context_k, top = q[role].top;
     const list = (from, to) => el("ol", { class: "documents", start: from + 1 },
       ...top.slice(from, to).map((entry, i) => documentOf(q, role, entry, from + i + 1)));
     const column = el("section", { class: "side " + role, "aria-label": NAMES[role] }, el("h3", {}, NAMES[role]));
-    if (hasAnswers) {
-      const cited = q[role].cites.map((d) => d + (q.gold.includes(d) ? " ★" : "")).join(", ");
-      column.append(el("div", { class: "answer" },
-        el("p", { class: "text pre" }, q[role].answer || "no answer"),
-        el("p", { class: "fine" }, (cited ? "names " + cited : "names no document") + " · context of about " + q[role].tokens + " tokens")));
-    }
+    if (hasAnswers && !q.shared) column.append(answerOf(q, role));
     column.append(el("h4", {}, "Read for the answer"), list(0, k));
     if (top.length > k) column.append(el("details", {}, el("summary", {}, "Further down, not read: " + (top.length - k)), list(k, top.length)));
     return column;
@@ -139,6 +141,7 @@
   const detailOf = (q) => {
     const box = el("div", { class: "inside" });
     if (hasAnswers) box.append(verdictOf(q));
+    if (hasAnswers && q.shared) box.append(answerOf(q, "baseline"));
     box.append(el("div", { class: "sides" }, columnOf(q, "baseline"), columnOf(q, "finetuned")));
     const listed = new Set([...q.baseline.top, ...q.finetuned.top].map(([d]) => d));
     const missing = q.gold.filter((d) => !listed.has(d));
