@@ -7,8 +7,9 @@ import json
 import os
 from pathlib import Path
 
-from common import (CORPUS, FINETUNED, ROOT, RUNS, UserError, file_sha256, first_line, looks_like_path, note, number,
+from common import (CORPUS, FINETUNED, RUNS, UserError, file_sha256, first_line, looks_like_path, note, number,
                     prepare_hub, replacing, text_id, why_no_hub)
+from llm import connect
 from reading import add_query_flags, hit1_ceiling, merge_equal, read_corpus, read_queries
 
 CACHE = RUNS / "cache"
@@ -277,19 +278,6 @@ def top_k(doc_ids, doc_vectors, query_vectors, k: int):
 
 # ---------------------------------------------------------------- models behind a server
 
-def server_client(spec):
-    """An OpenAI client from the environment or .env: Azure if AZURE_OPENAI_ENDPOINT is set. It retries by itself."""
-    import dotenv
-    for folder in (Path.cwd(), ROOT):
-        dotenv.load_dotenv(folder / ".env")
-    azure = bool(os.environ.get("AZURE_OPENAI_ENDPOINT"))
-    for name in ("AZURE_OPENAI_API_KEY", "OPENAI_API_VERSION") if azure else ("OPENAI_API_KEY",):
-        if not os.environ.get(name):
-            raise UserError(f"{spec} needs {name} in the environment or in .env (for a local server without keys any word will do)")
-    import openai
-    return (openai.AzureOpenAI if azure else openai.OpenAI)(timeout=60, max_retries=5)
-
-
 class ServerModel:
     """Stands for a SentenceTransformer in retrieval.encode(): the same calls, answered by a server.
 
@@ -298,7 +286,7 @@ class ServerModel:
     """
 
     def __init__(self, name):
-        self.name, self.client = name, server_client(f"openai:{name}")
+        self.name, self.client = name, connect(60, f"--also openai:{name}")
         self.cache_key = "server-" + hashlib.sha256(f"{self.client.base_url}\n{name}".encode()).hexdigest()[:20]
         self.sent = self.tokens = 0
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from common import UserError, file_sha256, normalise, note
+from llm import connect
 from reading import DATA, read_triplets
-from retrieval import ServerModel, find_model, prompt_of, rows_of, search, server_client, top_k, unit_length
+from retrieval import ServerModel, find_model, prompt_of, rows_of, search, top_k, unit_length
 
 METRICS = ("Hit@1", "Hit@3", "Hit@5", "Hit@10", "MRR@10", "nDCG@10", "Recall@10", "MAP@100")
 DEPTH = 100  # documents that the metrics look at
@@ -63,7 +64,7 @@ def parse_system(spec, names, offline) -> System:
     if name.startswith("openai:"):
         if not name[7:]:
             raise UserError(f"--also {spec}: no model is named (openai:text-embedding-3-small, for example)")
-        server_client(name)  # a missing key is said before anything is computed
+        connect(60, f"--also {spec}")  # a missing key is said before anything is computed
         return System(_slug(name) + suffix, "server", name[7:], dim)
     where = _folder(names.get(name, name), offline)
     for role, own in names.items():
