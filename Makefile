@@ -1,4 +1,5 @@
-# make demo: set up, then stages 0 to 3 on data/.   make test: set up, then the whole test suite.
+# make demo: set up, then stages 0 to 3 on data/, training one epoch to be done in minutes.
+# make test: set up, then the whole test suite.
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
@@ -7,7 +8,7 @@ PY     := $(VENV)/bin/python
 
 demo: $(VENV)/.requirements
 	$(PY) 0_build_corpus.py
-	$(PY) 1_train_embedding.py
+	$(PY) 1_train_embedding.py --epochs 1
 	$(PY) 2_eval_retrieval.py
 	$(PY) 3_rag_batch_eval.py
 
