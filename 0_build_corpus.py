@@ -88,7 +88,7 @@ def build(items, size, seed) -> tuple[list[dict], dict]:
 def share_clipped(texts) -> tuple[float, int]:
     """Share of texts longer than the default model's limit, counted in its tokens, and that limit."""
     from tokenizers import Tokenizer  # loads in a tenth of a second; the whole model takes ten
-    folder = Path(find_model(DEFAULT_MODEL))
+    folder = Path(find_model(DEFAULT_MODEL, offline=True))
     limit = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()

@@ -17,6 +17,7 @@ Example:
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from common import (FINETUNED, Timer, UserError, add_run_flags, normalise, note, number, parser, print_table, replacing,
@@ -112,12 +113,45 @@ def score(evaluator, model, corpus) -> dict[str, float]:
     return {name: round(float(found[f"val_cosine_{key}"]), 6) for name, key in METRICS.items()}
 
 
-def make_sampler(epochs):
-    """The library's no-duplicates sampler, with a length that reaches every row.
+def deal_rows(rows, order, size) -> list[list[int]]:
+    """Deal row numbers into batches of at most `size`, evenly, so that no row's query or positive
+    stands anywhere else in its batch (there it would count as a negative of the row).
 
-    Texts that repeat force short batches, so that a pass has more batches than rows / batch size;
-    the trainer stops at len(), which would silently leave out the rest of the rows.
+    `rows`: a list a row of query, positive, negatives. Rows of the most common positives are
+    dealt first, while every batch is open to them; rows that fit nowhere go into later batches. A negative
+    may repeat: that costs nothing, and a text that many rows share as their negative would otherwise
+    force a batch for each.
     """
+    count = Counter(text for row in rows for text in row[:2])
+    batches, left = [], list(order)
+    while left:
+        window, left = left[:64 * size], left[64 * size:]  # bounds the search on large data
+        window.sort(key=lambda i: -max(count[text] for text in rows[i][:2]))
+        opened = [([], set(), set()) for _ in range(math.ceil(len(window) / size))]
+        rest = []
+        for i in window:
+            own, all_texts = set(rows[i][:2]), set(rows[i])
+            fitting = [b for b in opened if len(b[0]) < size and b[1].isdisjoint(all_texts) and b[2].isdisjoint(own)]
+            if not fitting:
+                rest.append(i)
+                continue
+            batch = min(fitting, key=lambda b: len(b[0]))
+            batch[0].append(i)
+            batch[1].update(own)
+            batch[2].update(all_texts)
+        batches += [b[0] for b in opened if b[0]]
+        left = rest + left
+    return batches
+
+
+def make_sampler(epochs):
+    """The library's no-duplicates sampler with other batches, dealt by deal_rows().
+
+    The library's own defers rows that repeat a text to ever shorter batches, more of them than
+    rows / batch size, and the trainer stops at len(): on data whose texts repeat, it silently left
+    out up to a third of the rows. Here len() is the true number of batches.
+    """
+    import torch
     from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
     class EveryRowSampler(NoDuplicatesBatchSampler):
@@ -125,12 +159,18 @@ def make_sampler(epochs):
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
+            self.rows = [list(row.values()) for row in self.dataset]
             passes = []
             for epoch in range(math.ceil(epochs)):
                 self.set_epoch(epoch)
                 passes.append(sum(1 for _ in self))
             self.set_epoch(0)
             self.batches = max(passes)
+
+        def _iter_one_pass(self, *unused):
+            order = torch.randperm(len(self.rows), generator=self.generator).tolist()
+            batches = deal_rows(self.rows, order, self.batch_size)
+            yield from (batches[i] for i in torch.randperm(len(batches), generator=self.generator))
 
         def __len__(self):
             return self.batches
@@ -171,15 +211,15 @@ def make_trainer(model, columns, evaluator, args, precision, folder):
     rows = datasets.Dataset.from_dict(columns)
     steps = len(sampler(rows, batch_size=args.bsz, drop_last=False, seed=args.seed, generator=_generator()))
     every = max(1, math.ceil(steps * args.epochs / args.evals))
-    trainer = QuietTrainer(
-        model=model, train_dataset=rows, loss=MultipleNegativesRankingLoss(model), evaluator=evaluator,
-        callbacks=[Report()],
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=args.bsz,
-            learning_rate=args.lr, warmup_steps=0.1, batch_sampler=sampler, seed=args.seed,
-            eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=1,
-            load_best_model_at_end=True, metric_for_best_model=f"eval_val_cosine_{SELECT}", greater_is_better=True,
-            logging_steps=max(1, every // 5), disable_tqdm=True, report_to="none", use_cpu=model.device.type == "cpu", bf16=precision == "bf16"))
+    settings = SentenceTransformerTrainingArguments(
+        output_dir=str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=args.bsz, learning_rate=args.lr,
+        warmup_steps=0.1, batch_sampler=sampler, seed=args.seed, eval_strategy="steps", save_strategy="steps", eval_steps=every,
+        save_steps=every, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model=f"eval_val_cosine_{SELECT}",
+        greater_is_better=True, logging_steps=max(1, every // 5), disable_tqdm=True, report_to="none",
+        use_cpu=model.device.type == "cpu", bf16=precision == "bf16")
+    settings._n_gpu = min(settings.n_gpu, 1)  # else plain `python` on several GPUs means the slow DataParallel
+    trainer = QuietTrainer(model=model, args=settings, train_dataset=rows, loss=MultipleNegativesRankingLoss(model),
+                           evaluator=evaluator, callbacks=[Report()])
     trainer.data_collator.max_length = args.train_length
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Bar())
@@ -203,7 +243,12 @@ def train(args, columns, evaluator, device, precision, folder) -> tuple[Path, li
             module.p = args.dropout
     trainer = make_trainer(model, columns, evaluator, args, precision, folder)
     last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if args.resume else None
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except KeyboardInterrupt:
+        if transformers.trainer_utils.get_last_checkpoint(str(folder)) is None:
+            raise
+        raise UserError("interrupted (the same command with --resume goes on from the last checkpoint)")
     best = trainer.state.best_model_checkpoint
     if best is None or not Path(best).is_dir():  # the library only logs when it cannot load the best one
         raise UserError(f"no checkpoint was written to {folder} (is the disk full?)")
@@ -279,7 +324,7 @@ def main(argv=None):
     timer, out = Timer(), Path(args.out)
     checkpoints = out / "checkpoints"
     with timer("read"):
-        find_model(args.base_model)
+        find_model(args.base_model, args.offline)
         splits, inputs = read_triplets(args)
         rows = need_split(splits, "train", args)[:args.limit]
         columns = train_columns(rows, args.seed)

@@ -199,7 +199,6 @@ def summarise(records, args, depth) -> dict:
     return out | ({"judge": judge.summarise(records, args)} if args.judge else {})
 
 
-
 def headline(s, args) -> list[tuple[str, str]]:
     """The verdict in words: (title, explanation) for retrieval, then for the answers if there are any."""
     def p_of(test):
@@ -236,7 +235,7 @@ def report_rows(records, args):
     rows = []
     for r in records:
         both = [r[role] for role in SYSTEMS]
-        row = [r["query"], " ".join(r["gold"])] + [v for b in both for v in (b["rank"] or "", f"{b['cosine']:.6f}")]
+        row = [r["query"], " ".join(r["gold"])] + [v for b in both for v in (b["rank"] or "", round(b["cosine"], 6))]
         row += [text for b in both for text in b["snippets"]]
         row += [b["reply"].text for b in both] + [r["status"], r["answer"]] if args.llm else []
         row += [r["retrieval"]] + [b["context_tokens"] for b in both] + ([" ".join(b["cites"]) for b in both] if args.llm else [])

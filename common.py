@@ -182,38 +182,41 @@ def looks_like_path(name: str) -> bool:
             or parent != Path(".") and (parent.is_dir() or parent.name in ("data", "models", "runs")))
 
 
-def prepare_hub(name: str, offline: bool) -> bool:
+def prepare_hub(offline: bool) -> bool:
     """Before the first import of a Hugging Face library: switch it offline if the hub is not to be
     tried or cannot be reached. Returns whether it can be.
 
     Left alone, the hub client retries a lost network for more than a minute, even for a model that
-    is in its cache; one probe of at most 8 s decides it here.
+    is in its cache; one probe of at most 6 s decides it here.
     """
     import threading
     import urllib.error
     import urllib.request
-    for key, value in (("TOKENIZERS_PARALLELISM", "false"), ("HF_HUB_DISABLE_TELEMETRY", "1")):
-        os.environ.setdefault(key, value)
     reachable = []
 
     def probe():
         try:
             url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=8).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
             reachable.append(True)
         except urllib.error.HTTPError:
             reachable.append(True)  # it answered
         except (OSError, ValueError):
             pass
 
-    if not offline and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0") and not Path(name).is_dir():
+    if not offline and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         # a thread, because a name look-up has no time-out of its own
         thread = threading.Thread(target=probe, daemon=True)
         thread.start()
-        thread.join(9)
+        thread.join(6)
     if not reachable:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return bool(reachable)
+
+
+def why_no_hub(offline: bool) -> str:
+    return "the Hugging Face hub was not tried" if offline else "the Hugging Face hub cannot be reached"
 
 
 # ---------------------------------------------------------------- run record

@@ -109,8 +109,8 @@ def load_template(path, variables):
 
 # ---------------------------------------------------------------- the server
 
-def connect(timeout):
-    """A client from the environment or .env: Azure if AZURE_OPENAI_ENDPOINT is set (its v1 API unless
+def connect(timeout, flag="--llm"):
+    """A client, for what `flag` asks, from the environment or .env: Azure if AZURE_OPENAI_ENDPOINT is set (its v1 API unless
     OPENAI_API_VERSION names a classic one), else OPENAI_API_KEY and, for another server, OPENAI_BASE_URL."""
     import dotenv
     for folder in (Path.cwd(), ROOT):
@@ -119,7 +119,7 @@ def connect(timeout):
     endpoint, version = env("AZURE_OPENAI_ENDPOINT"), env("OPENAI_API_VERSION")
     name = "AZURE_OPENAI_API_KEY" if endpoint else "OPENAI_API_KEY"
     if not env(name) and not (endpoint and env("AZURE_OPENAI_AD_TOKEN")):
-        raise UserError(f"--llm needs {name} in the environment or in .env (for a local server without keys any word will do)")
+        raise UserError(f"{flag} needs {name} in the environment or in .env (for a local server without keys any word will do)")
     import openai
     how = {"timeout": timeout, "max_retries": RETRIES}
     try:
@@ -130,7 +130,7 @@ def connect(timeout):
             return openai.OpenAI(base_url=base, api_key=env(name) or env("AZURE_OPENAI_AD_TOKEN"), **how)
         return openai.OpenAI(**how)
     except openai.OpenAIError as e:
-        raise UserError(f"--llm: {first_line(e)}")
+        raise UserError(f"{flag}: {first_line(e)}")
 
 
 def read_answer(answer) -> Reply:

@@ -5,12 +5,14 @@ read line by line here rather than through `datasets`, which cannot say which li
 `datasets` reads what is on the Hugging Face hub.
 """
 import csv
+import io
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common import ROOT, UserError, first_line, looks_like_path, normalise, note, prepare_hub, text_id
+from common import ROOT, UserError, first_line, looks_like_path, normalise, note, prepare_hub, text_id, why_no_hub
 
 DATA = ROOT / "data"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -40,6 +42,14 @@ def add_data_flags(p):
     for column in Triplet._fields[:2] + ("negative",):
         g.add_argument(f"--{column}_col", default=column, metavar="NAME", help=f"column that holds the {column}")
     return g
+
+
+def add_query_flags(g):
+    """The flags of the scripts that take queries from elsewhere than the test split."""
+    g.add_argument("--queries", default=None, metavar="JSONL", help="queries instead of the test split, in BEIR's layout: "
+                   "one {_id, text} a line; needs --qrels")
+    g.add_argument("--qrels", default=None, metavar="TSV", help="judgements of --queries, in BEIR's layout: a header line, then "
+                   "query-id, corpus-id, score; a score below 1 means judged not relevant")
 
 
 def read_rows(path) -> list[tuple[str, dict]]:
@@ -94,7 +104,7 @@ def _object(value, where) -> dict:
 
 def _csv_rows(path, text, delimiter):
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if header is None:
@@ -172,13 +182,13 @@ def _split_file(folder, name):
 
 def _hub_rows(name, offline) -> dict:
     """The splits of a Hugging Face dataset as {split: [(where, row)]}."""
-    reachable = prepare_hub(name, offline)
+    reachable = prepare_hub(offline)
     import datasets
     try:
         found = datasets.load_dataset(name)
     except Exception as e:  # the hub client raises a different type for each way to fail
-        why = "" if reachable else "; the Hugging Face hub was not tried" if offline else "; the Hugging Face hub cannot be reached"
-        raise UserError(f"cannot load dataset {name}: {first_line(e)}{why} (give a local folder or file)")
+        why = first_line(e) if reachable else why_no_hub(offline)
+        raise UserError(f"cannot load dataset {name}: {why} (give a local folder or file)")
     splits = {s: found[s] for s in SPLITS if s in found}
     if not splits:
         raise UserError(f"dataset {name} has no train, validation or test split (it has: {', '.join(found)})")
@@ -277,8 +287,8 @@ def read_corpus(path) -> list[dict]:
         raise UserError(f"{path} does not exist (make it: python 0_build_corpus.py)")
     rows, seen = [], {}
     for where, row in read_rows(path):
-        for field in ("_id", "text"):
-            text_field(row, field, where)
+        _one_word(text_field(row, "_id", where), where)
+        text_field(row, "text", where)
         if row["_id"] in seen:
             raise UserError(f'{where}: "_id" {row["_id"]} was used before, in {seen[row["_id"]]}')
         seen[row["_id"]] = where
@@ -288,12 +298,37 @@ def read_corpus(path) -> list[dict]:
     return rows
 
 
-def read_queries(args, corpus) -> tuple[list[tuple[str, str]], dict[str, dict[str, int]], list[Path]]:
-    """The test queries [(query id, text)], their qrels {query id: {document id: 1}}, the files read.
+def merge_equal(corpus) -> tuple[list[dict], dict[str, str]]:
+    """The corpus with equal texts (normalised) merged into the first of them, and {each id: the id kept for it}."""
+    first, kept = {}, {}
+    for d in corpus:
+        kept[d["_id"]] = first.setdefault(normalise(d["text"]), d)["_id"]
+    return list(first.values()), kept
 
-    Equal queries are merged and keep all their positives; gold is found in the corpus by its text.
+
+def hit1_ceiling(qrels, kept) -> float:
+    """The best mean Hit@1 there could be if equal texts under other ids counted as wrong.
+
+    `qrels`: {query id: {judged relevant document id: grade}}; `kept` as from merge_equal(). No system
+    tells equal texts apart, so of a text that c documents hold, j of them judged relevant, the right
+    one comes first with chance j / c.
     """
+    copies = Counter(kept.values())
+    best = [max(j / copies[k] for k, j in Counter(kept[d] for d in gold).items()) for gold in qrels.values()]
+    return sum(best) / len(best)
+
+
+def read_queries(args, corpus, found) -> tuple[list[tuple[str, str]], dict[str, dict[str, int]], list[Path]]:
+    """The queries [(query id, text)], their qrels {query id: {document id: grade > 0}}, the files read.
+
+    From --queries and --qrels if given, else from the test split: equal queries are merged there and
+    keep all their positives; gold is found in the corpus by its text. `found` (a dict) takes what
+    else was met: the "splits" of --data and their "files", the ids of the queries "left_out".
+    """
+    if args.queries or args.qrels:
+        return _judged_queries(args, corpus, found)
     splits, files = read_triplets(args)
+    found["splits"], found["files"] = splits, files
     ids = {normalise(d["text"]): d["_id"] for d in corpus}
     queries, qrels, missing = {}, {}, []
     for row in need_split(splits, "test", args):
@@ -307,4 +342,47 @@ def read_queries(args, corpus) -> tuple[list[tuple[str, str]], dict[str, dict[st
     if missing:
         raise UserError(f"{args.corpus} lacks the positive of {len(missing)} test rows, the first at {missing[0]} "
                         f"(make the corpus from this data: python 0_build_corpus.py --data {args.data})")
-    return list(queries.items())[:args.limit], qrels, files
+    queries = list(queries.items())[:args.limit]
+    return queries, {qid: qrels[qid] for qid, _ in queries}, files
+
+
+def _judged_queries(args, corpus, found):
+    """read_queries() from --queries and --qrels; queries without a relevant document are left out and named."""
+    if not (args.queries and args.qrels):
+        raise UserError("--queries and --qrels go together (give both, or neither to use the test split)")
+    texts = {}
+    for where, row in read_rows(args.queries):
+        qid = _one_word(text_field(row, "_id", where), where)
+        if qid in texts:
+            raise UserError(f'{where}: "_id" {qid} was used before')
+        texts[qid] = text_field(row, "text", where)
+    documents, qrels, strangers = {d["_id"] for d in corpus}, {}, set()
+    for where, row in read_rows(args.qrels):
+        qid, doc, score = (text_field(row, c, where) for c in ("query-id", "corpus-id", "score"))
+        try:
+            grade = int(score)
+        except ValueError:
+            raise UserError(f'{where}: "score" is {score!r}, not a whole number')
+        if qid not in texts:
+            strangers.add(qid)
+        elif grade > 0 and doc not in documents:
+            raise UserError(f"{where}: document {doc} is not in {args.corpus} (give the corpus that was judged)")
+        elif grade > 0:
+            qrels.setdefault(qid, {})[doc] = grade
+    if strangers:
+        note(f"{args.qrels}: {len(strangers)} queries are not in {args.queries}: their judgements are not used")
+    found["left_out"] = left_out = [qid for qid in texts if qid not in qrels]
+    if left_out:
+        more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+        note(f"{len(left_out)} of {len(texts)} queries have no relevant document in {args.qrels} and are left out: "
+             + ", ".join(left_out[:10]) + more)
+    if not qrels:
+        raise UserError(f"no query of {args.queries} has a relevant document in {args.qrels}")
+    queries = [(qid, text) for qid, text in texts.items() if qid in qrels][:args.limit]
+    return queries, {qid: qrels[qid] for qid, _ in queries}, [Path(args.queries), Path(args.qrels)]
+
+
+def _one_word(value, where) -> str:
+    if len(value.split()) != 1:
+        raise UserError(f'{where}: "_id" {value!r} holds white space, which TREC files cannot')
+    return value

@@ -7,9 +7,10 @@ import json
 import os
 from pathlib import Path
 
-from common import (CORPUS, FINETUNED, RUNS, UserError, file_sha256, first_line, looks_like_path, note, number, prepare_hub,
-                    replacing, text_id)
-from reading import read_corpus, read_queries
+from common import (CORPUS, FINETUNED, RUNS, UserError, file_sha256, first_line, looks_like_path, note, number,
+                    prepare_hub, replacing, text_id, why_no_hub)
+from llm import connect
+from reading import add_query_flags, hit1_ceiling, merge_equal, read_corpus, read_queries
 
 CACHE = RUNS / "cache"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -34,24 +35,34 @@ def add_search_flags(p, top_k, top_k_help):
     g.add_argument("--finetuned", default=str(FINETUNED / "final"), help="the fine-tuned model")
     g.add_argument("--baseline", default=None, help="the model to compare with (default: the one that the fine-tuned model came from)")
     g.add_argument("--top_k", default=top_k, metavar="K", help=top_k_help, type=number(least=1))
+    add_query_flags(g)
     g.add_argument("--limit", type=number(least=1), default=None, metavar="N", help="use the first N queries")
     return g
 
 
-def read_evaluation(args, depth):
+def read_evaluation(args, depth, found=None):
     """Check and read what an evaluation needs, before anything heavy is imported.
 
-    Returns the model names {role: name}, the corpus, queries [(id, text)], golds (a {document id:
-    grade} a query) and the files read. Raises UserError if `depth` documents cannot be ranked.
+    Returns the model names {role: name}, the corpus (equal texts merged), queries [(id, text)],
+    golds (a {document id: grade > 0} a query) and the files read. `found`, a dict, takes what else
+    was met: "merged" (number of documents), "hit1_ceiling" (what they would have put on Hit@1), and
+    what read_queries() finds. Raises UserError if `depth` documents cannot be ranked.
     """
+    found = {} if found is None else found
     names = {"baseline": args.baseline or baseline_of(args.finetuned), "finetuned": args.finetuned}
     for name in names.values():
-        find_model(name)
-    corpus = read_corpus(args.corpus)
-    queries, qrels, inputs = read_queries(args, corpus)
+        find_model(name, args.offline)
+    everything = read_corpus(args.corpus)
+    queries, qrels, inputs = read_queries(args, everything, found)
+    corpus, kept = merge_equal(everything)
+    found.update(merged=len(everything) - len(corpus), hit1_ceiling=hit1_ceiling(qrels, kept))
     if depth > len(corpus):
         raise UserError(f"{depth} documents are asked for, but {args.corpus} holds {len(corpus)} (give a smaller K, or a larger corpus)")
-    return names, corpus, queries, [qrels[qid] for qid, _ in queries], inputs + [Path(args.corpus)]
+    golds = [{} for _ in queries]
+    for gold, (qid, _) in zip(golds, queries):
+        for doc, grade in qrels[qid].items():
+            gold[kept[doc]] = max(grade, gold.get(kept[doc], 0))
+    return names, corpus, queries, golds, inputs + [Path(args.corpus)]
 
 
 def search(model, corpus, queries, k) -> dict:
@@ -75,10 +86,11 @@ def gold_cosines(found, gold_rows) -> list[float]:
 
 # ---------------------------------------------------------------- models
 
-def find_model(name: str) -> str:
+def find_model(name: str, offline: bool) -> str:
     """The folder of a local model (the default one is in its package), else `name` as a hub id.
 
-    Raises UserError for a path that is not there or not a model, without a look at the network.
+    Raises UserError for a path that is not there or not a model, without a look at the network; and
+    for a hub id that is not in the cache while the hub is out of reach.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -91,6 +103,10 @@ def find_model(name: str) -> str:
         return _packaged_model()
     if looks_like_path(name):
         raise UserError(f"model folder {name} does not exist")
+    if not prepare_hub(offline):
+        from huggingface_hub import try_to_load_from_cache
+        if not any(isinstance(try_to_load_from_cache(name, f), str) for f in ("modules.json", "config.json")):
+            raise UserError(f"cannot load model {name}: it is not in the cache and {why_no_hub(offline)} (give a folder that holds a model)")
     return name
 
 
@@ -135,21 +151,21 @@ def load_model(name, device, precision, offline, max_seq_length=None):
 
     Never runs code that comes with a model, and reads safetensors only. `name` as for find_model().
     """
-    where = find_model(name)
-    reachable = prepare_hub(where, offline)
+    where = find_model(name, offline)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     import transformers
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     try:
-        model = SentenceTransformer(where, device=device, local_files_only=not reachable, trust_remote_code=False,
+        model = SentenceTransformer(where, device=device, trust_remote_code=False,
+                                    local_files_only=Path(where).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1",
                                     model_kwargs={"dtype": dtype, "use_safetensors": True})
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        why = "" if reachable or Path(where).is_dir() else (
-            "; the Hugging Face hub was not tried" if offline else "; the Hugging Face hub cannot be reached")
-        raise UserError(f"cannot load model {name}: {first_line(e)}{why} (give a folder that holds a model)")
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as e:
+        raise UserError(f"cannot load model {name}: {first_line(e)} (give a folder that holds a model)")
     if max_seq_length:
         model.max_seq_length = max_seq_length
     return model.eval()
@@ -190,25 +206,31 @@ def prompt_of(model, kind: str) -> str:
 def encode(model, texts, kind: str, batch_size=32):
     """Unit-length embeddings of `texts`, float32 of shape (len(texts), dim); only new texts are computed.
 
-    `kind` is "query" or "document" and chooses the model's prompt. The cache is a folder a model:
+    `kind` is "query" or "document" and chooses the model's prompt. `model` is a SentenceTransformer,
+    or stands for one elsewhere: then it brings its `cache_key`, does not know its dimension before
+    it has answered, and what it gives costs money, so that it is saved more often. The cache is a folder a model:
     immutable .npz shards, each written under a temporary name, so that a crash loses one shard and
     two runs at once do no harm. A shard that is torn or not ours is thrown away and made again.
     """
     import numpy as np
-    folder = CACHE / fingerprint(model, kind)
+    elsewhere = getattr(model, "cache_key", None)
+    folder, step = CACHE / (elsewhere or fingerprint(model, kind)), 256 if elsewhere else 4096
     keys = [hashlib.sha256(t.encode("utf-8")).hexdigest()[:32] for t in texts]
     known = _read_shards(folder, model.get_embedding_dimension())
     todo = {k: t for k, t in zip(keys, texts) if k not in known}
     embed = model.encode_query if kind == "query" else model.encode_document
-    for start in range(0, len(todo), 4096):  # a long run that is stopped keeps what it has
-        part = list(todo)[start:start + 4096]
+    for start in range(0, len(todo), step):  # a long run that is stopped keeps what it has
+        part = list(todo)[start:start + step]
         vectors = embed([todo[k] for k in part], batch_size=batch_size, convert_to_numpy=True,
-                        normalize_embeddings=True, show_progress_bar=len(part) > 8 * batch_size).astype(np.float32)
+                        show_progress_bar=len(part) > 8 * batch_size).astype(np.float32)
+        vectors = unit_length(vectors)  # not in the model: in bf16 it would normalise to lengths 0.4% off
         if not np.isfinite(vectors).all():
             raise UserError("the model gives vectors that are not finite (try --precision fp32, or train again)")
         with replacing(folder / f"{text_id(' '.join(part))}.npz", "wb") as f:
             np.savez(f, keys=np.array(part, dtype="S32"), vectors=vectors)
         known.update(zip(part, vectors))
+    if len({known[k].shape for k in keys}) > 1:
+        raise UserError(f"the vectors in {folder} have another length than those that come now (delete that folder)")
     return np.stack([known[k] for k in keys]) if keys else np.zeros((0, model.get_embedding_dimension()), np.float32)
 
 
@@ -220,14 +242,20 @@ def _read_shards(folder, dim) -> dict:
         try:
             with np.load(path, allow_pickle=False) as shard:  # the zip's own checksums find a torn file
                 keys, vectors = shard["keys"], shard["vectors"]
-            if vectors.shape != (len(keys), dim) or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
+            if vectors.shape != (len(keys), dim or vectors.shape[-1]) or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
                 raise ValueError("shape")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
             note(f"{path} is damaged or not a cache file: made again")
             path.unlink(missing_ok=True)
             continue
         known.update(zip(keys.astype(str), vectors))
     return known
+
+
+def unit_length(vectors):
+    """The rows of `vectors` scaled to length 1; a row of zeros stays."""
+    import numpy as np
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def top_k(doc_ids, doc_vectors, query_vectors, k: int):
@@ -246,3 +274,54 @@ def top_k(doc_ids, doc_vectors, query_vectors, k: int):
     scores = np.round(scores.astype(np.float64), 6)
     by_rank = np.lexsort((rows, -scores), axis=1)
     return order[np.take_along_axis(rows, by_rank, 1)], np.take_along_axis(scores, by_rank, 1)
+
+
+# ---------------------------------------------------------------- models behind a server
+
+class ServerModel:
+    """Stands for a SentenceTransformer in retrieval.encode(): the same calls, answered by a server.
+
+    Texts go as they are, without a prompt; truncated dimensions are cut here, so that one answer
+    serves them all. `name` is the model, on Azure the deployment.
+    """
+
+    def __init__(self, name):
+        self.name, self.client = name, connect(60, f"--also openai:{name}")
+        self.cache_key = "server-" + hashlib.sha256(f"{self.client.base_url}\n{name}".encode()).hexdigest()[:20]
+        self.sent = self.tokens = 0
+
+    def get_embedding_dimension(self):
+        return None  # not known before the server has answered
+
+    def encode_query(self, texts, batch_size, **_):
+        import numpy as np
+        from tqdm import tqdm
+        parts = [texts[i:i + batch_size] for i in range(0, len(texts), batch_size)]
+        return np.concatenate([self._embed(part) for part in tqdm(parts, desc=self.name, disable=len(parts) < 8)])
+
+    encode_document = encode_query
+
+    def _embed(self, texts):
+        import numpy as np
+        import openai
+        spec, kept = f"openai:{self.name}", "what has come so far is kept: run again"
+        try:
+            reply = self.client.embeddings.create(model=self.name, input=texts, encoding_format="float")
+            vectors = np.array([e.embedding for e in sorted(reply.data, key=lambda e: e.index)], dtype=np.float32)
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
+            # the server's own words are not shown: OpenAI puts part of the key in them
+            raise UserError(f"{spec}: the server refused with {e.status_code} (check the key, the model's name and the base URL)")
+        except openai.APIStatusError as e:
+            raise UserError(f"{spec}: error {e.status_code}: {first_line(e)} ({kept})")
+        except openai.APIConnectionError as e:
+            raise UserError(f"{spec}: no answer from {self.client.base_url.host}: {first_line(e)} ({kept})")
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as e:
+            raise UserError(f"{spec}: the answer is not a list of vectors: {first_line(e)} ({kept})")
+        if vectors.ndim != 2 or len(vectors) != len(texts):
+            raise UserError(f"{spec}: {len(texts)} texts were sent, vectors of shape {vectors.shape} came back ({kept})")
+        self.sent += len(texts)
+        self.tokens += getattr(reply.usage, "prompt_tokens", None) or 0
+        return vectors
+
+    def usage(self) -> str:
+        return f"{self.sent} texts sent to the server, {self.tokens} tokens by its count; the others came from the cache"

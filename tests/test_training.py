@@ -1,0 +1,229 @@
+"""Stage 1: what is trained on, what is kept, and what is said about it."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import retrieval
+from common import UserError
+from conftest import ROWS, stage, write_jsonl
+from reading import Triplet
+
+s1 = stage(1)
+FLAGS = ("--epochs", "2", "--bsz", "4", "--lr", "1e-3", "--evals", "3", "--precision", "fp32")
+
+
+def train(data, model, out, *flags):
+    s1.main(["--data", str(data), "--base_model", str(model), "--out", str(out), *FLAGS, *map(str, flags)])
+    return json.loads((out / "run.json").read_text())
+
+
+def weights(folder):
+    return (folder / "final" / "model.safetensors").read_bytes()
+
+
+def triplets(rows=ROWS):
+    return [Triplet(q, p, (n,), f"f:{i}") for i, (q, p, n) in enumerate(rows)]
+
+
+def test_the_columns_are_query_positive_and_negatives_in_this_order():
+    rows = [Triplet("q1", "p1", ("n1", "n2"), ""), Triplet("q2", "p2", ("n3",), ""), Triplet("q3", "p3", (), "")]
+    columns = s1.train_columns(rows, seed=0)
+    assert list(columns) == ["query", "positive", "negative", "negative_2"]
+    assert columns["negative"][:2] == ["n1", "n3"] and columns["negative_2"][:2] == ["n2", "n3"]
+    assert columns["negative"][2] in ("p1", "p2")
+    assert list(s1.train_columns([r._replace(negatives=()) for r in rows], 0)) == ["query", "positive"]
+
+
+def test_one_row_or_one_positive_cannot_be_trained_on():
+    for rows in (triplets()[:1], [r._replace(positive="same") for r in triplets()]):
+        with pytest.raises(UserError, match="at least two rows with different positives"):
+            s1.train_columns(rows, 0)
+
+
+@pytest.mark.parametrize("distinct, bsz", [(20, 16), (20, 8), (3, 8), (200, 16)])
+def test_the_sampler_reaches_every_row_in_every_epoch_and_repeats_no_positive_in_a_batch(distinct, bsz):
+    import datasets
+    import torch
+    rows = datasets.Dataset.from_dict({"query": [f"q{i}" for i in range(200)], "positive": [f"p{i % distinct}" for i in range(200)],
+                                       "negative": [f"p{i * 7 % 5}" if i % 5 else "common" for i in range(200)]})
+    sampler = s1.make_sampler(3)(rows, batch_size=bsz, drop_last=False, seed=1, generator=torch.Generator())
+    orders = set()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)[:len(sampler)]
+        orders.add(str(batches))
+        assert {i for b in batches for i in b} == set(range(200))
+        for b in batches:
+            positives = [rows[i]["positive"] for i in b]
+            assert len(set(positives)) == len(b) <= bsz
+            others = {rows[i]["negative"] for i in b}
+            assert not [i for i in b if rows[i]["positive"] in others - {rows[i]["negative"]}]
+    assert len(orders) == 3
+
+
+def test_batches_are_dealt_evenly_and_a_common_negative_forces_no_extra_batch():
+    rows = [[f"q{i}", f"p{i}", "common"] for i in range(100)]
+    batches = s1.deal_rows(rows, range(100), 32)
+    assert sorted(map(len, batches)) == [25, 25, 25, 25]
+
+
+def test_a_positive_never_meets_itself_as_the_negative_of_another_row():
+    rows = [["q0", "a", "b"], ["q1", "b", "c"], ["q2", "c", "d"], ["q0", "e", "f"]]
+    batches = s1.deal_rows(rows, range(4), 4)
+    side = {i: n for n, b in enumerate(batches) for i in b}
+    assert side[0] != side[1] != side[2] and side[0] != side[3] and sorted(side) == [0, 1, 2, 3]
+
+
+def test_validation_holds_every_validation_text_once_and_no_test_positive():
+    rows = triplets()
+    queries, corpus, qrels = s1.validation_set(rows[12:18] + rows[12:13], [], rows[:12] + rows[18:20], rows[18:], size=22, seed=0)
+    assert len(queries) == 6 and len(corpus) == 22
+    assert {t for r in rows[12:18] for t in r[1:2] + r.negatives} <= set(corpus.values())
+    assert not {r.positive for r in rows[18:]} & set(corpus.values())
+    assert [corpus[d] for d in qrels[next(iter(queries))]] == [rows[12].positive]
+
+
+def test_training_improves_a_random_model_and_says_so(data, tiny_model, tmp_path, capsys):
+    run = train(data, tiny_model, tmp_path, "--epochs", "8", "--lr", "3e-3")
+    out = capsys.readouterr().out
+    before, after = run["result"]["baseline"], run["result"]["finetuned"]
+    assert after["nDCG@10"] > before["nDCG@10"]
+    assert out.strip().splitlines()[-1].startswith("Verdict: better on validation")
+    assert out.index("base model  Hit@1") < out.index("step ")
+    assert (tmp_path / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_kept_model_is_the_best_checkpoint_scored_after_reading_it_back(data, tiny_model, tmp_path):
+    run = train(data, tiny_model, tmp_path, "--epochs", "6", "--lr", "3e-2", "--evals", "6")
+    log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    scores = {e["step"]: e["eval_val_cosine_ndcg@10"] for e in log if "eval_val_cosine_ndcg@10" in e}
+    assert len(scores) == 6
+    assert scores[run["result"]["best_step"]] == max(scores.values())
+    assert run["result"]["finetuned"]["nDCG@10"] == pytest.approx(max(scores.values()), abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(data, tiny_model, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(data, tiny_model, tmp_path / name, "--seed", seed)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def interrupt_after(monkeypatch, step):
+    """Let training die right after the checkpoint of this step."""
+    from transformers import TrainerCallback
+    make = s1.make_trainer
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    def stopping(*args):
+        trainer = make(*args)
+        trainer.add_callback(Stop())
+        return trainer
+
+    monkeypatch.setattr(s1, "make_trainer", stopping)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(data, tiny_model, tmp_path, monkeypatch):
+    train(data, tiny_model, tmp_path / "whole", "--dropout", "0.1")
+    with monkeypatch.context() as m:
+        interrupt_after(m, 2)
+        with pytest.raises(UserError, match="--resume"):
+            train(data, tiny_model, tmp_path / "cut", "--dropout", "0.1")
+    with pytest.raises(UserError, match="cannot resume: lr changed"):
+        train(data, tiny_model, tmp_path / "cut", "--dropout", "0.1", "--lr", "2e-3", "--resume")
+    run = train(data, tiny_model, tmp_path / "cut", "--dropout", "0.1", "--resume")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "training_log.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (tmp_path / "whole" / "training_log.jsonl").read_text().splitlines()]
+    assert run["arguments"]["resume"] is True
+
+
+def test_resume_without_a_checkpoint_is_an_error(data, tiny_model, tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(data, tiny_model, tmp_path, "--resume")
+
+
+def test_an_earlier_model_survives_a_run_that_fails(data, tiny_model, tmp_path, monkeypatch):
+    train(data, tiny_model, tmp_path)
+    before = weights(tmp_path)
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(UserError, match="--resume"):
+        train(data, tiny_model, tmp_path, "--seed", "7")
+    assert weights(tmp_path) == before and (tmp_path / "run.json").exists()
+
+
+def test_nothing_that_is_published_holds_training_text(data, tiny_model, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(UserError, match="--resume"):
+        train(data, tiny_model, tmp_path)
+    monkeypatch.undo()
+    checkpoints = list(tmp_path.glob("checkpoints/checkpoint-*"))
+    assert checkpoints
+    train(data, tiny_model, tmp_path / "done")
+    for folder in checkpoints + [tmp_path / "done" / "final"]:
+        for path in folder.rglob("*"):
+            if path.suffix in (".md", ".json"):
+                assert not [t for r in ROWS for t in r[:2] if t in path.read_text(encoding="utf-8")], path
+    assert not (tmp_path / "done" / "checkpoints").exists()
+
+
+def test_the_saved_model_gives_the_same_vectors_in_plain_sentence_transformers(data, tiny_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    train(data, tiny_model, tmp_path)
+    model = SentenceTransformer(str(tmp_path / "final"), device="cpu", local_files_only=True)
+    ours = retrieval.encode(retrieval.load_model(str(tmp_path / "final"), "cpu", "fp32", True), [r[1] for r in ROWS], "document")
+    assert np.allclose(model.encode([r[1] for r in ROWS], normalize_embeddings=True), ours, atol=1e-6)
+    assert model.max_seq_length == 64
+
+
+def test_training_in_bf16_keeps_fp32_weights_and_scores_what_was_saved(data, tiny_model, tmp_path):
+    import safetensors.torch
+    import torch
+    run = train(data, tiny_model, tmp_path, "--precision", "bf16")
+    assert {t.dtype for t in safetensors.torch.load_file(tmp_path / "final" / "model.safetensors").values()} == {torch.float32}
+    model = retrieval.load_model(str(tmp_path / "final"), "cpu", "bf16", True)
+    splits = [triplets()[12:18], triplets()[:12], triplets()[18:]]
+    from conftest import DOCUMENTS
+    from reading import Document
+    queries, corpus, qrels = s1.validation_set(splits[0], [Document("", d, "") for d in DOCUMENTS], splits[1], splits[2], 500, 42)
+    again = s1.score(s1.make_evaluator(queries, corpus, qrels), model, corpus)
+    assert run["result"]["finetuned"] == again and run["precision"] == "bf16"
+
+
+def test_the_train_length_clips_while_training_but_not_the_saved_model(data, tiny_model, tmp_path):
+    columns = s1.train_columns(triplets(), 0)
+    args = s1.parse_args(["--data", str(data), *FLAGS, "--train_length", "8"])
+    model = retrieval.load_model(str(tiny_model), "cpu", "fp32", True)
+    trainer = s1.make_trainer(model, columns, None or s1.make_evaluator({"q": "a"}, {"d": "b"}, {"q": {"d"}}), args, "fp32", tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["positive_input_ids"].shape[1] == 8 and model.max_seq_length == 64
+
+
+def test_limit_takes_the_first_training_rows(data, tiny_model, tmp_path):
+    assert train(data, tiny_model, tmp_path, "--limit", "5")["counts"]["rows"] == 5
+
+
+def test_a_run_record_says_what_was_run_on_what(data, tiny_model, tmp_path):
+    import hashlib
+    run = train(data, tiny_model, tmp_path, "--seed", "3")
+    assert run["arguments"]["base_model"] == str(tiny_model) and run["arguments"]["seed"] == 3
+    assert run["inputs"][str(data / "train.jsonl")] == hashlib.sha256((data / "train.jsonl").read_bytes()).hexdigest()
+    assert {"torch", "sentence-transformers", "python"} <= set(run["versions"]) and run["seconds"]["train"] > 0
+    assert run["counts"] == {"rows": 12, "queries": 6, "documents": 32}
+
+
+def test_a_worse_model_is_called_worse():
+    before, after = {"nDCG@10": 0.7}, {"nDCG@10": 0.6}
+    assert s1.verdict(before, after) == "Verdict: WORSE on validation, nDCG@10 0.700 -> 0.600 (-0.100)"
+
+
+def test_rows_without_negatives_are_trained_on(tmp_path, data, tiny_model, capsys):
+    shutil.copytree(data, tmp_path / "d")
+    write_jsonl(tmp_path / "d" / "train.jsonl", [{"query": q, "positive": p} | ({"negative": n} if i % 2 else {}) for i, (q, p, n) in enumerate(ROWS[:12])])
+    train(tmp_path / "d", tiny_model, tmp_path / "out")
+    assert "6 of 12 training rows have no negative" in capsys.readouterr().err
