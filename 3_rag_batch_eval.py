@@ -23,9 +23,10 @@ from collections import Counter
 from pathlib import Path
 
 import judge
-from common import (RUNS, Timer, UserError, add_run_flags, number, parser, print_table, replacing, run_record, run_script,
+from common import (RUNS, Timer, add_run_flags, number, parser, print_table, replacing, run_record, run_script,
                     write_csv, write_json)
-from llm import EMPTY, OK, STORE, TEMPLATES, Call, Reply, Server, Store, about_tokens, connect, cut, load_template
+from llm import (EXTRACTIVE, NOT_CALLED, OK, STORE, TEMPLATES, Call, Reply, Server, Store, about_tokens, connect, cost, cut, extract,
+                 load_template)
 from reading import add_data_flags
 from retrieval import (add_model_flags, add_search_flags, gold_cosines, load_model, pick_device, pick_precision,
                        read_evaluation, rows_of, search)
@@ -35,8 +36,6 @@ SNIPPETS = 3
 SNIPPET_LENGTH = 240
 PAGE_TEXT = 1200       # characters of a document in the HTML report
 CELL = 32_000          # characters; a spreadsheet's cell holds 32,767
-EXTRACTIVE = "extractive"
-SENTENCES = 3          # of an extractive answer
 CHANGES, OUTCOMES = ("fixed", "broken", "same"), ("better", "worse", "same", "unknown")
 
 
@@ -122,37 +121,6 @@ def answer_calls(records, args) -> list[Call]:
                  {"temperature": 0, "max_tokens": args.max_tokens}) for r in records for role in SYSTEMS]
 
 
-def sentences_of(text) -> list[str]:
-    """Sentences and lines of a text: cut after . ! ? and a blank, after their CJK forms, and at line ends."""
-    return [s.strip() for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text) if s.strip()]
-
-
-def extract(records, corpus) -> list[Reply]:
-    """For each record and role the sentences of the context that fit the query best, each with its document's id.
-
-    The scorer is BM25 over all sentences of the corpus: lexical, so that it takes no side between two
-    embedding models, and over the whole corpus, so that an answer does not depend on the other queries.
-    """
-    import bm25s
-    import numpy as np
-    sentences = [sentences_of(d["text"]) for d in corpus]
-    starts = np.cumsum([0] + [len(s) for s in sentences])
-    words = {"stopwords": None, "show_progress": False}
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize([s for many in sentences for s in many], **words), show_progress=False)
-    replies = []
-    for r in records:
-        query = bm25s.tokenize(r["query"], return_ids=False, **words)[0]
-        scores = index.get_scores(query) if query else np.zeros(starts[-1], np.float32)
-        for role in SYSTEMS:
-            rows = r[role]["top"][:len(r[role]["documents"])]
-            near = [(float(scores[starts[row] + n]), place, n) for place, row in enumerate(rows) for n in range(len(sentences[row]))]
-            best = sorted((x for x in near if x[0] > 0), key=lambda x: (-x[0], *x[1:]))[:SENTENCES]
-            text = " ".join(f"{sentences[rows[p]][n]} [{corpus[rows[p]]['_id']}]" for _, p, n in sorted(best, key=lambda x: x[1:]))
-            replies.append(Reply(text, OK if text else f"{EMPTY}: no sentence shares a word with the query"))
-    return replies
-
-
 def add_answers(records, replies) -> None:
     """Put each reply into its record, with the documents of the context that it names in square brackets."""
     for r, pair in zip(records, zip(replies[::2], replies[1::2])):
@@ -196,10 +164,6 @@ def print_plan(server, records, corpus, args) -> None:
     print("\nA token is counted as four UTF-8 bytes." + (
         f" At most about {cost(*total[2:], args):.4f} at the given prices." if args.price_in is not None else "")
           + "\nNothing was called and no report was written.")
-
-
-def cost(prompt_tokens, completion_tokens, args) -> float:
-    return (prompt_tokens * args.price_in + completion_tokens * args.price_out) / 1e6
 
 
 # ---------------------------------------------------------------- report
@@ -254,7 +218,7 @@ def headline(s, args) -> list[tuple[str, str]]:
                 f"the same for {a['same']}" + (f", not known for {a['unknown']}" if a["unknown"] else "") + f"{p_of(a)}.")
         for where, what in (("fixed", "better"), ("broken", "worse")):
             if change[where]:
-                text += f" Of the {change[where]} queries that retrieval {where}, {table[where][what]} ha{'s' if table[where][what] == 1 else 've'} a {what} answer."
+                text += f" Of the {change[where]} queries whose retrieval was {where}, {table[where][what]} ha{'s' if table[where][what] == 1 else 've'} a {what} answer."
         out.append((pick(a, "better", "worse", "No answer is known to be better or worse", "No clear difference in the answers",
                          "The answers are better", "The answers are worse"), text))
     return out
@@ -264,8 +228,8 @@ def report_rows(records, args):
     """The CSV as (header, rows), one row a query; a rank cell is empty where gold is not in the top."""
     header = ["query", "gold_id"] + [f"{role}_{c}" for role in SYSTEMS for c in ("rank", "cosine")]
     header += [f"{role}_snip{n}" for role in SYSTEMS for n in range(1, SNIPPETS + 1)]
-    header += ["baseline_answer", "finetuned_answer", "status", "answer"] if args.llm else []
-    header += ["retrieval"] + [f"{role}_context_tokens" for role in SYSTEMS]
+    header += ["baseline_answer", "finetuned_answer", "status", "answer_change"] if args.llm else []
+    header += ["retrieval_change"] + [f"{role}_context_tokens" for role in SYSTEMS]
     header += [f"{role}_cites" for role in SYSTEMS] if args.llm else []
     graded = [f"{role}_{c}" for c in ("correct", "supported") for role in SYSTEMS] + ["flipped", "agreement", "reason"] if args.judge else []
     rows = []
@@ -336,20 +300,8 @@ def print_result(summary, args) -> None:
             for label, part in (("this run", calls["run"]), ("the whole report", calls["report"])):
                 print(f"Tokens of {label}: {part['prompt_tokens']:,} in prompts, {part['completion_tokens']:,} in answers"
                       + (f"; cost {part['cost']:.4f}" if "cost" in part else "") + (f"; {part['uncounted']} replies came without a count" if part["uncounted"] else ""))
-        if "not called" in " ".join(summary["statuses"]):
+        if NOT_CALLED in " ".join(summary["statuses"]):
             print("Not all calls were made. The same command goes on from here.")
-
-
-def call_totals(server, calls, args) -> dict:
-    """Calls wanted, shared, kept and made; tokens by the server's count and cost, of this run and of the whole report."""
-    keys = dict.fromkeys(c.key for c in calls)
-    replies = {key: server.store.replies[key] for key in keys if key in server.store.replies}
-    sums = {"run": (server.prompt_tokens, server.completion_tokens, server.uncounted),
-            "report": (sum(r.prompt_tokens or 0 for r in replies.values()), sum(r.completion_tokens or 0 for r in replies.values()),
-                       sum(r.prompt_tokens is None for r in replies.values()))}
-    return {"wanted": len(calls), "shared": len(calls) - len(keys), "kept": len(replies.keys() - server.fresh), "made": server.made} | {
-        name: dict(zip(("prompt_tokens", "completion_tokens", "uncounted"), three))
-        | ({"cost": cost(*three[:2], args)} if args.price_in is not None else {}) for name, three in sums.items()}
 
 
 def answer_all(server, records, corpus, args) -> dict:
@@ -359,7 +311,7 @@ def answer_all(server, records, corpus, args) -> dict:
     if args.judge:
         calls += judge.judge(server, records, args)
     settle(records, args.judge)
-    return call_totals(server, calls, args)
+    return server.totals(calls, args)
 
 
 def main(argv=None):

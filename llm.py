@@ -21,6 +21,8 @@ TEMPLATES = ROOT / "templates"
 RETRIES = 5     # of the openai client, with growing pauses or as Retry-After says: 408, 409, 429, 5xx, no connection, time-out
 ASK_AGAIN = 2   # times, of a reply that came but is malformed or empty
 GIVE_UP = 10    # failed connections in a row: the server is gone, the rest waits for another run
+EXTRACTIVE = "extractive"  # the answer without a model
+SENTENCES = 3   # of such an answer
 OK, NOT_CALLED, EMPTY, MALFORMED = "ok", "not called", "empty answer", "malformed reply"
 FILTERED = "refused by the content filter"
 
@@ -207,6 +209,17 @@ class Server:
         """The calls that would have to be made: each key once, those in the store not at all."""
         return [c for key, c in {c.key: c for c in calls}.items() if key not in self.store.replies]
 
+    def totals(self, calls, args) -> dict:
+        """Calls wanted, shared, kept and made; tokens by the server's count and cost, of this run and of the whole report."""
+        keys = dict.fromkeys(c.key for c in calls)
+        replies = {key: self.store.replies[key] for key in keys if key in self.store.replies}
+        sums = {"run": (self.prompt_tokens, self.completion_tokens, self.uncounted),
+                "report": (sum(r.prompt_tokens or 0 for r in replies.values()), sum(r.completion_tokens or 0 for r in replies.values()),
+                           sum(r.prompt_tokens is None for r in replies.values()))}
+        return {"wanted": len(calls), "shared": len(calls) - len(keys), "kept": len(replies.keys() - self.fresh), "made": self.made} | {
+            name: dict(zip(("prompt_tokens", "completion_tokens", "uncounted"), three))
+            | ({"cost": cost(*three[:2], args)} if args.price_in is not None else {}) for name, three in sums.items()}
+
     def run(self, calls, label) -> list[Reply]:
         """The reply to each of `calls`. Past `max_calls`, or when the server is gone, NOT_CALLED.
 
@@ -309,3 +322,41 @@ class Server:
         """A server's message on one short line, the key blotted out should the server repeat it."""
         text = re.sub(r"\s+", " ", str(e.message))[:200]
         return text.replace(self.client.api_key, "…") if self.client.api_key else text
+
+
+# ---------------------------------------------------------------- without a model
+
+def cost(prompt_tokens, completion_tokens, args) -> float:
+    return (prompt_tokens * args.price_in + completion_tokens * args.price_out) / 1e6
+
+
+def sentences_of(text) -> list[str]:
+    """Sentences and lines of a text: cut after . ! ? and a blank, after their CJK forms, and at line ends."""
+    return [s.strip() for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text) if s.strip()]
+
+
+def extract(records, corpus) -> list[Reply]:
+    """For each record and role the sentences of the context that fit the query best, each with its document's id.
+
+    The scorer is BM25 over all sentences of the corpus: lexical, so that it takes no side between two
+    embedding models, and over the whole corpus, so that an answer does not depend on the other queries.
+    """
+    import bm25s
+    import numpy as np
+    sentences = [sentences_of(d["text"]) for d in corpus]
+    starts = np.cumsum([0] + [len(s) for s in sentences])
+    words = {"stopwords": None, "show_progress": False}
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize([s for many in sentences for s in many], **words), show_progress=False)
+    replies = []
+    for r in records:
+        query = bm25s.tokenize(r["query"], return_ids=False, **words)[0]
+        scores = index.get_scores(query) if query else np.zeros(starts[-1], np.float32)
+        for role in ("baseline", "finetuned"):
+            rows = r[role]["top"][:len(r[role]["documents"])]
+            near = [(float(scores[starts[row] + n]), place, n) for place, (row, d) in enumerate(zip(rows, r[role]["documents"]))
+                    for n in range(len(sentences_of(d["text"])))]  # no further than the document was cut
+            best = sorted((x for x in near if x[0] > 0), key=lambda x: (-x[0], *x[1:]))[:SENTENCES]
+            text = " ".join(f"{sentences[rows[p]][n]} [{corpus[rows[p]]['_id']}]" for _, p, n in sorted(best, key=lambda x: x[1:]))
+            replies.append(Reply(text, OK if text else f"{EMPTY}: no sentence shares a word with the query"))
+    return replies

@@ -78,7 +78,7 @@ def build_tiny_model(folder, seed=0):
     bert = BertModel(BertConfig(vocab_size=len(vocab.read_text().split("\n")), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                 intermediate_size=64, max_position_embeddings=64))
     bert.save_pretrained(folder / "bert")
-    BertTokenizerFast(vocab_file=str(vocab), model_max_length=64).save_pretrained(folder / "bert")
+    BertTokenizerFast(vocab=str(vocab), model_max_length=64).save_pretrained(folder / "bert")
     body = Transformer(str(folder / "bert"), max_seq_length=64)
     model = SentenceTransformer(modules=[body, Pooling(32, pooling_mode="mean"), Normalize()], device="cpu")
     model.save_pretrained(str(folder / "model"), create_model_card=False)
