@@ -23,7 +23,7 @@ def test_help_comes_at_once_and_shows_an_example(script):
 def test_arguments_are_checked_before_anything_heavy_is_imported(script):
     code = (f"import sys, importlib; m = importlib.import_module({script[:-3]!r})\n"
             "try: m.main(sys.argv[1:])\nexcept BaseException as e: print(type(e).__name__)\n"
-            "print([n for n in ('torch', 'transformers', 'sentence_transformers', 'datasets', 'numpy', 'pandas') if n in sys.modules])")
+            "print([n for n in ('torch', 'transformers', 'sentence_transformers', 'datasets', 'pandas', 'faiss') if n in sys.modules])")
     import subprocess
     import sys
     for flags, error in ((["--dta", "x"], "SystemExit"), (["--data", "/no/such/folder"], "UserError")):
