@@ -86,7 +86,7 @@ def test_validation_holds_every_validation_text_once_and_no_test_positive():
 
 
 def test_training_improves_a_random_model_and_says_so(data, tiny_model, tmp_path, capsys):
-    run = train(data, tiny_model, tmp_path, "--epochs", "8", "--lr", "3e-3")
+    run = train(data, tiny_model, tmp_path, "--epochs", "20", "--lr", "1e-4")
     out = capsys.readouterr().out
     before, after = run["result"]["baseline"], run["result"]["finetuned"]
     assert after["nDCG@10"] > before["nDCG@10"]
