@@ -218,7 +218,7 @@ def headline(s, args) -> list[tuple[str, str]]:
                 f"the same for {a['same']}" + (f", not known for {a['unknown']}" if a["unknown"] else "") + f"{p_of(a)}.")
         for where, what in (("fixed", "better"), ("broken", "worse")):
             if change[where]:
-                text += f" Of the {change[where]} queries whose retrieval was {where}, {table[where][what]} ha{'s' if table[where][what] == 1 else 've'} a {what} answer."
+                text += f" Of the {change[where]} quer{'y' if change[where] == 1 else 'ies'} whose retrieval was {where}, {table[where][what]} ha{'s' if table[where][what] == 1 else 've'} a {what} answer."
         out.append((pick(a, "better", "worse", "No answer is known to be better or worse", "No clear difference in the answers",
                          "The answers are better", "The answers are worse"), text))
     return out

@@ -329,7 +329,7 @@ def test_repeats_show_the_judges_own_noise(many, tmp_path, monkeypatch):
         text = body["messages"][0]["content"]
         turn[text] = turn.get(text, 0) + 1
         return verdict["tie" if turn[text] == 3 else "A"](body)
-    _, summary, sent = judged(many, tmp_path, monkeypatch, raw, "--limit", 12, "--judge_repeats", 3)
+    _, summary, sent = judged(many, tmp_path, monkeypatch, raw, "--limit", 12, "--judge_repeats", 3, "--workers", 1)
     assert len(sent) == 6 * summary["judge"]["judged"]
     assert summary["judge"]["agreement"] == pytest.approx(1 / 3)  # of three repeats, one pair of three agrees
     assert summary["answers"]["better"] + summary["answers"]["worse"] == summary["judge"]["judged"]  # two to one is a majority
