@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import (CORPUS, Timer, UserError, add_run_flags, normalise, number, parser, print_table, replacing,
                     run_record, run_script, shuffled, text_id, write_json)
-from reading import add_data_flags, documents_file, need_split, read_documents, read_triplets
+from reading import add_data_flags, add_document_flags, all_documents, need_split, read_triplets
 from retrieval import DEFAULT_MODEL, find_model
 
 # In this order distractors are taken: the least touched by training first.
@@ -28,9 +28,7 @@ SOURCES = ("document", "test negative", "validation", "train")
 def parse_args(argv=None):
     p = parser(__doc__)
     g = add_data_flags(p)
-    g.add_argument("--extra", action="append", default=[], metavar="DOCUMENTS",
-                   help="more documents: a file, a folder of .txt and .md files, or a dataset id; may be repeated")
-    g.add_argument("--text_col", default="text", metavar="NAME", help="column of the documents that holds the text")
+    add_document_flags(g)
     g = p.add_argument_group("corpus")
     g.add_argument("--size", type=number(least=1), default=800, help="documents in all, gold included")
     g.add_argument("--out", default=str(CORPUS), help="the file to write")
@@ -102,9 +100,8 @@ def main(argv=None):
     with timer("read"):
         splits, inputs = read_triplets(args)
         need_split(splits, "test", args)
-        extra = [str(f) for f in [documents_file(args.data)] if f] + args.extra
-        documents = [d for spec in extra for d in read_documents(spec, args.text_col, args.offline)]
-        inputs += [Path(s) for s in extra if Path(s).is_file()]
+        documents, more = all_documents(args)
+        inputs += more
     with timer("build"):
         corpus, counts = build(candidates(splits, documents), args.size, args.seed)
         clipped, limit = share_clipped([d["text"] for d in corpus])

@@ -1,80 +1,129 @@
 """Stage 1: fine-tune an embedding model on the triplets, and say what that changed.
 
-Contrastive training: each query is drawn to its positive and pushed from its negatives and from all
-other documents of the batch (MultipleNegativesRankingLoss, no text twice in a batch). The base
-model is scored first, on the validation queries; the best checkpoint by nDCG@10 is kept, read back
-from disk and scored the same way; the last line is the verdict.
+The rows are audited first. Then contrastive training: each query is drawn to its positive and pushed
+from its negatives and from all other documents of the batch. The base model is scored before, on the
+validation queries; the best checkpoint by nDCG@10 is mixed with the base model in several shares, and
+the share that validates best is kept, read back from disk and scored the same way. The last line is
+the verdict. A model that did not change, collapsed or got worse is not kept, and the run fails.
 
-Reads:  the train and validation splits of --data, its documents file (as validation distractors)
-Writes: runs/finetuned/final (the model), run.json, training_log.jsonl, training_curve.png
+Reads:  the train, validation and test splits of --data, its documents file, --extra
+Writes: runs/finetuned/final (the model), fully_tuned (the unmixed end, where final is a mix),
+        audit.csv, run.json, training_log.jsonl, training_curve.png
 Next:   python 2_eval_retrieval.py
 
 Example:
   python 1_train_embedding.py
-  python 1_train_embedding.py --base_model sentence-transformers/all-MiniLM-L6-v2 --epochs 5 --bsz 8
-  python 1_train_embedding.py --data my_triplets/ --resume
+  python 1_train_embedding.py --audit_only
+  python 1_train_embedding.py --mine_negatives 3 --loss gist --matryoshka 384 256 128 64
+  python 1_train_embedding.py --base_model intfloat/e5-large-v2 --lora_rank 16 --loss cached --bsz 256
+  torchrun --nproc_per_node 2 1_train_embedding.py
 """
 import json
-import math
 import shutil
-from collections import Counter
 from pathlib import Path
 
+import audit
 from common import (FINETUNED, Timer, UserError, add_run_flags, normalise, note, number, parser, print_table, replacing,
                     run_record, run_script, shuffled, text_id, write_json)
-from reading import add_data_flags, documents_file, need_split, read_documents, read_triplets
-from retrieval import (DEFAULT_MODEL, add_model_flags, encode, find_model, fingerprint, load_model, pick_device,
-                       pick_precision)
+from reading import add_data_flags, add_document_flags, all_documents, need_split, read_triplets
+from retrieval import (DEFAULT_MODEL, KINDS, add_model_flags, encode, find_model, fingerprint, load_model, pick_device,
+                       pick_precision, prompt_of)
+from training import LEARNING_RATES, METRICS, join_processes, load_trained, on_lead, processes, start_checkpoints, train, train_columns
 
-METRICS = {"Hit@1": "accuracy@1", "Hit@10": "accuracy@10", "MRR@10": "mrr@10", "nDCG@10": "ndcg@10"}
-SELECT = "ndcg@10"
+SHARES = (0.25, 0.5, 0.75)  # of the way from the base model to the fully tuned one, tried beside the whole way
+MARGIN = 0.05               # mined negatives stay this share below their positive's score (Moreira et al., arXiv 2407.15831)
+FEW = 50                    # validation queries below which no choice between models is to be trusted
 
 
 def parse_args(argv=None):
     p = parser(__doc__)
-    add_data_flags(p)
+    g = add_data_flags(p)
+    add_document_flags(g)
+    g.add_argument("--limit", type=number(least=2), default=None, metavar="N", help="use the first N training rows")
+    g.add_argument("--audit_only", action="store_true", help="stop after the audit of the training rows")
+    g.add_argument("--mine_negatives", type=number(least=1), default=None, metavar="N",
+                   help="replace each row's negatives by up to N hard ones, mined from all documents with the base model")
+    g = p.add_argument_group("model")
+    g.add_argument("--base_model", default=DEFAULT_MODEL, help="a folder, else a Hugging Face model id; any encoder, also a static one")
+    for kind in KINDS:
+        g.add_argument(f"--{kind}_prompt", default=None, metavar="TEXT",
+                       help=f"put before each {kind} (default: what the model or its family documents)")
+    g.add_argument("--lora_rank", type=number(least=1), default=None, metavar="R",
+                   help="train LoRA adapters of this rank instead of all weights; merged at the end (pip install peft)")
     g = p.add_argument_group("training")
-    g.add_argument("--base_model", default=DEFAULT_MODEL, help="a folder, else a Hugging Face model id")
+    g.add_argument("--loss", choices=("mnrl", "cached", "gist"), default="mnrl",
+                   help="mnrl: multiple negatives ranking; cached: the same in little memory, for a large --bsz; "
+                        "gist: likely false negatives masked by the base model")
+    g.add_argument("--matryoshka", type=number(least=1), nargs="+", default=None, metavar="DIM",
+                   help="train these first dimensions to work by themselves, too")
     g.add_argument("--epochs", type=number(float, above=0), default=2, help="passes over the training rows")
-    g.add_argument("--bsz", type=number(least=2), default=32, help="queries a batch; the batch's other documents are negatives")
-    g.add_argument("--lr", type=number(float, above=0), default=1e-4, help="peak learning rate (10%% warm-up, then linear to 0)")
+    g.add_argument("--bsz", type=number(least=2), default=32,
+                   help="queries a batch, of all processes together; the batch's other documents are negatives")
+    g.add_argument("--lr", type=number(float, above=0), default=None,
+                   help="peak learning rate, after 10%% warm-up, then linear to 0 (default: "
+                        + ", ".join(f"{lr:g} for {kind}" for kind, lr in LEARNING_RATES.items()) + ")")
     g.add_argument("--train_length", type=number(least=8), default=128, metavar="TOKENS",
                    help="clip texts to this many tokens while training; encoding always uses the model's own limit")
     g.add_argument("--dropout", type=number(float, least=0, most=0.9), default=0.0,
                    help="share of activations dropped while training")
-    g.add_argument("--evals", type=number(least=1), default=4, help="validations while training, evenly spaced")
+    g.add_argument("--evals", type=number(least=1), default=2, help="validations an epoch, evenly spaced")
+    g.add_argument("--patience", type=number(float, above=0), default=3, metavar="EPOCHS",
+                   help="stop after so many epochs without a better validation")
     g.add_argument("--val_size", type=number(least=1), default=500,
                    help="documents to validate on; more if the validation rows themselves hold more")
-    g.add_argument("--limit", type=number(least=2), default=None, metavar="N", help="use the first N training rows")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted run")
     g.add_argument("--out", default=str(FINETUNED), help="folder to write")
     g = add_run_flags(p, "orders the rows and chooses validation distractors")
     add_model_flags(g)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.bsz % processes():
+        p.error(f"--bsz {args.bsz} cannot be shared out to {processes()} processes evenly")
+    return args
 
 
 # ---------------------------------------------------------------- data
 
-def train_columns(rows, seed) -> dict[str, list[str]]:
-    """Rows as columns query, positive, negative, negative_2 …: as many as the richest row has.
+class CachedModel:
+    """The model, its vectors from the cache: the library's miner would encode everything again."""
 
-    The loss wants every row to have the same number, so a shorter row repeats its own negatives; a
-    row without any borrows another row's positive, which the batch would hold against it anyway.
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def encode_query(self, texts, **_):
+        return encode(self.model, texts, "query")
+
+    def encode_document(self, texts, **_):
+        return encode(self.model, texts, "document")
+
+
+def mine_negatives(rows, texts, model, count) -> tuple[list, dict]:
+    """Rows with up to `count` hard negatives from `texts` instead of their own; a row without any keeps its own.
+
+    The library's miner takes the documents that the model ranks highest for the query, none of the
+    query's positives, and none that scores above its lowest positive less MARGIN. Texts are compared
+    normalised. Returns the rows, and what was found: share of rows, negatives a row, score quantiles.
     """
-    if len({normalise(r.positive) for r in rows}) < 2:
-        raise UserError(f"{rows[0].where}: training needs at least two rows with different positives, got {len(rows)}")
-    most = max(len(r.negatives) for r in rows)
-    bare = sum(not r.negatives for r in rows) if most else 0
-    if bare:
-        note(f"{bare} of {len(rows)} training rows have no negative: each borrows another row's positive")
-    borrowed = shuffled([r.positive for r in rows], seed)
-    columns = {"query": [r.query for r in rows], "positive": [r.positive for r in rows]}
-    for n in range(most):
-        columns["negative" if n == 0 else f"negative_{n + 1}"] = [
-            r.negatives[n % len(r.negatives)] if r.negatives
-            else next(p for p in borrowed[i:] + borrowed if normalise(p) != normalise(r.positive))
-            for i, r in enumerate(rows)]
-    return columns
+    import datasets
+    import numpy as np
+    from sentence_transformers.util import mine_hard_negatives
+    one = {}
+    for text in [t for r in rows for t in (r.query, r.positive)] + texts:
+        one.setdefault(normalise(text), text)
+    pairs = datasets.Dataset.from_dict({"query": [one[normalise(r.query)] for r in rows], "positive": [one[normalise(r.positive)] for r in rows]})
+    mined = mine_hard_negatives(pairs, CachedModel(model), anchor_column_name="query", positive_column_name="positive",
+                                corpus=list(dict.fromkeys(one[normalise(t)] for t in texts)), num_negatives=count, relative_margin=MARGIN,
+                                output_format="triplet", output_scores=True, verbose=False)
+    negatives = {}
+    for query, negative in zip(mined["query"], mined["negative"]):
+        negatives.setdefault(query, {})[negative] = None
+    out = [r._replace(negatives=tuple(negatives.get(one[normalise(r.query)], r.negatives))) for r in rows]
+    scores = np.array([s[1] for s in mined["scores"]] or [0.0])
+    got = sum(one[normalise(r.query)] in negatives for r in rows)
+    return out, {"documents": len(texts), "rows": got, "share": got / len(rows), "a_row": len(mined) / max(1, got),
+                 "score_quantiles": [round(float(q), 4) for q in np.quantile(scores, (0, 0.25, 0.5, 0.75, 1))]}
 
 
 def validation_set(rows, documents, train, test, size, seed):
@@ -96,8 +145,6 @@ def validation_set(rows, documents, train, test, size, seed):
     return queries, dict(shuffled(corpus.items(), seed)), qrels
 
 
-# ---------------------------------------------------------------- training
-
 def make_evaluator(queries, corpus, qrels, batch_size=32):
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.util import cos_sim
@@ -106,264 +153,249 @@ def make_evaluator(queries, corpus, qrels, batch_size=32):
         precision_recall_at_k=[10], batch_size=batch_size, write_csv=False, score_functions={"cosine": cos_sim})
 
 
-def score(evaluator, model, corpus) -> dict[str, float]:
-    """METRICS of a model read from disk, on the validation set; its documents come from the cache if they can."""
+def score(evaluator, model, vectors=None) -> dict[str, float]:
+    """METRICS of a model on the validation set; `vectors`, those of its documents if they are known."""
     import torch
-    found = evaluator(model, corpus_embeddings=torch.from_numpy(encode(model, list(corpus.values()), "document")).to(model.device))
+    known = {} if vectors is None else {"corpus_embeddings": torch.from_numpy(vectors).to(model.device)}
+    found = evaluator(model, **known)
     return {name: round(float(found[f"val_cosine_{key}"]), 6) for name, key in METRICS.items()}
 
 
-def deal_rows(rows, order, size) -> list[list[int]]:
-    """Deal row numbers into batches of at most `size`, evenly, so that no row's query or positive
-    stands anywhere else in its batch (there it would count as a negative of the row).
+# ---------------------------------------------------------------- what is kept
 
-    `rows`: a list a row of query, positive, negatives. Rows of the most common positives are
-    dealt first, while every batch is open to them; rows that fit nowhere go into later batches. A negative
-    may repeat: that costs nothing, and a text that many rows share as their negative would otherwise
-    force a batch for each.
-    """
-    count = Counter(text for row in rows for text in row[:2])
-    batches, left = [], list(order)
-    while left:
-        window, left = left[:64 * size], left[64 * size:]  # bounds the search on large data
-        window.sort(key=lambda i: -max(count[text] for text in rows[i][:2]))
-        opened = [([], set(), set()) for _ in range(math.ceil(len(window) / size))]
-        rest = []
-        for i in window:
-            own, all_texts = set(rows[i][:2]), set(rows[i])
-            fitting = [b for b in opened if len(b[0]) < size and b[1].isdisjoint(all_texts) and b[2].isdisjoint(own)]
-            if not fitting:
-                rest.append(i)
-                continue
-            batch = min(fitting, key=lambda b: len(b[0]))
-            batch[0].append(i)
-            batch[1].update(own)
-            batch[2].update(all_texts)
-        batches += [b[0] for b in opened if b[0]]
-        left = rest + left
-    return batches
-
-
-def make_sampler(epochs):
-    """The library's no-duplicates sampler with other batches, dealt by deal_rows().
-
-    The library's own defers rows that repeat a text to ever shorter batches, more of them than
-    rows / batch size, and the trainer stops at len(): on data whose texts repeat, it silently left
-    out up to a third of the rows. Here len() is the true number of batches.
-    """
+def mix(base, tuned, share) -> dict:
+    """State of the model at `share` of the way from `base` to `tuned` (state dicts, fp32): (1 - share) base + share tuned."""
     import torch
-    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
-
-    class EveryRowSampler(NoDuplicatesBatchSampler):
-        batches = 0
-
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.rows = [list(row.values()) for row in self.dataset]
-            passes = []
-            for epoch in range(math.ceil(epochs)):
-                self.set_epoch(epoch)
-                passes.append(sum(1 for _ in self))
-            self.set_epoch(0)
-            self.batches = max(passes)
-
-        def _iter_one_pass(self, *unused):
-            order = torch.randperm(len(self.rows), generator=self.generator).tolist()
-            batches = deal_rows(self.rows, order, self.batch_size)
-            yield from (batches[i] for i in torch.randperm(len(batches), generator=self.generator))
-
-        def __len__(self):
-            return self.batches
-
-    return EveryRowSampler
+    return {k: torch.lerp(base[k], t, share) if t.is_floating_point() else t for k, t in tuned.items()}
 
 
-def make_trainer(model, columns, evaluator, args, precision, folder):
-    import datasets
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    class QuietTrainer(SentenceTransformerTrainer):
-        """Without the automatic model card, which would publish training texts in every checkpoint."""
-
-        def add_model_card_callback(self, default_args_dict):
-            pass
-
-        def _save(self, output_dir=None, state_dict=None):
-            self.model.save_pretrained(output_dir or self.args.output_dir, create_model_card=False)
-
-    class Report(TrainerCallback):
-        """One line on stdout for each validation."""
-
-        def on_evaluate(self, args, state, control, metrics, **kwargs):
-            if state.is_world_process_zero:
-                shown = "  ".join(f"{name} {metrics[f'eval_val_cosine_{key}']:.3f}" for name, key in METRICS.items())
-                print(f"  step {state.global_step}/{state.max_steps}  {shown}", flush=True)
-
-    class Bar(ProgressCallback):
-        """The progress bar without its dump of every log line."""
-
-        def on_log(self, *args, **kwargs):
-            pass
-
-    sampler = make_sampler(args.epochs)
-    rows = datasets.Dataset.from_dict(columns)
-    steps = len(sampler(rows, batch_size=args.bsz, drop_last=False, seed=args.seed, generator=_generator()))
-    every = max(1, math.ceil(steps * args.epochs / args.evals))
-    settings = SentenceTransformerTrainingArguments(
-        output_dir=str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=args.bsz, learning_rate=args.lr,
-        warmup_steps=0.1, batch_sampler=sampler, seed=args.seed, eval_strategy="steps", save_strategy="steps", eval_steps=every,
-        save_steps=every, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model=f"eval_val_cosine_{SELECT}",
-        greater_is_better=True, logging_steps=max(1, every // 5), disable_tqdm=True, report_to="none",
-        use_cpu=model.device.type == "cpu", bf16=precision == "bf16")
-    settings._n_gpu = min(settings.n_gpu, 1)  # else plain `python` on several GPUs means the slow DataParallel
-    trainer = QuietTrainer(model=model, args=settings, train_dataset=rows, loss=MultipleNegativesRankingLoss(model),
-                           evaluator=evaluator, callbacks=[Report()])
-    trainer.data_collator.max_length = args.train_length
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Bar())
-    return trainer
+def state_of(model) -> dict:
+    return {k: t.detach().float().cpu() if t.is_floating_point() else t.cpu() for k, t in model.state_dict().items()}
 
 
-def _generator():
-    import torch
-    return torch.Generator()
+def spread(vectors) -> float:
+    """Mean cosine of two different rows of `vectors`, which have unit length; 0 without two."""
+    n = len(vectors)
+    if n < 2:
+        return 0.0
+    total = vectors.astype("float64").sum(axis=0)
+    return float((total @ total - n) / (n * (n - 1)))
 
 
-def train(args, columns, evaluator, device, precision, folder) -> tuple[Path, list[dict]]:
-    """Train into checkpoints under `folder`; the best checkpoint's path and the log."""
-    import torch
-    import transformers
-    transformers.set_seed(args.seed)
-    # fp32 weights under bf16 autocast: weights in bf16 would round small updates away
-    model = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = args.dropout
-    trainer = make_trainer(model, columns, evaluator, args, precision, folder)
-    last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if args.resume else None
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except KeyboardInterrupt:
-        if transformers.trainer_utils.get_last_checkpoint(str(folder)) is None:
-            raise
-        raise UserError("interrupted (the same command with --resume goes on from the last checkpoint)")
-    best = trainer.state.best_model_checkpoint
-    if best is None or not Path(best).is_dir():  # the library only logs when it cannot load the best one
-        raise UserError(f"no checkpoint was written to {folder} (is the disk full?)")
-    return Path(best), trainer.state.log_history
+def drift_of(base, final, before, after) -> dict:
+    """How far the model moved. `base`, `final`: states; `before`, `after`: vectors of the same documents, unit length.
 
-
-def start_checkpoints(folder, config, resume) -> None:
-    """Make the checkpoint folder, or check that what is in it can be resumed with these arguments."""
-    written = folder / "config.json"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(written, config)
-        return
-    if not any(folder.glob("checkpoint-*/trainer_state.json")):
-        raise UserError(f"nothing to resume: {folder} holds no checkpoint (run without --resume)")
-    old = json.loads(written.read_text(encoding="utf-8"))
-    changed = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
-    if changed:
-        raise UserError(f"cannot resume: {', '.join(changed)} changed since the interrupted run "
-                        "(give the same arguments, or run without --resume)")
-
-
-# ---------------------------------------------------------------- results
-
-def save_final(best, base_model, device, precision, args, columns):
-    """Read the best checkpoint back, write it to final/ whole or not at all, and load it from there.
-
-    Not the model in memory: bf16 training leaves it wrapped in autocast, with other outputs.
+    "weights": norm of the change over the norm of the base; "cosine": mean cosine of a document's
+    two vectors; "spread": mean cosine of two different documents, before and after.
     """
-    final, new, old = (Path(args.out) / n for n in ("final", ".final.new", ".final.old"))
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    model = load_model(str(best), device, "fp32", offline=True)
-    model.save_pretrained(str(new), create_model_card=False)
-    (new / "README.md").write_text(
+    floats = [k for k, t in base.items() if t.is_floating_point()]
+    change = sum(float((final[k] - base[k]).double().square().sum()) for k in floats)
+    norm = sum(float(base[k].double().square().sum()) for k in floats)
+    return {"weights": (change / norm) ** 0.5, "cosine": float((before * after).sum(axis=1).mean()),
+            "spread": [spread(before), spread(after)]}
+
+
+def refuse(drift, before, after) -> None:
+    """Raise UserError for a model that is not worth keeping: unchanged, collapsed or worse.
+
+    Collapsed: less than a tenth of the base model's room between documents is left, room being 1
+    less the mean cosine of two of them. A fixed bound would not do: some good models keep all texts above 0.7.
+    """
+    kept = "; what an earlier run wrote is unchanged"
+    if drift["weights"] < 1e-6:  # about what rounding does
+        raise UserError(f"training changed nothing: the best checkpoint has the base model's weights (try another --lr, or more --epochs){kept}")
+    if 1 - drift["spread"][1] < 0.1 * (1 - drift["spread"][0]):
+        raise UserError(f"the embeddings collapsed: two different documents have a mean cosine of {drift['spread'][1]:.3f}, "
+                        f"{drift['spread'][0]:.3f} before (lower --lr){kept}")
+    if after["nDCG@10"] < before["nDCG@10"]:
+        raise UserError(f"validation got worse: nDCG@10 {before['nDCG@10']:.3f} -> {after['nDCG@10']:.3f} "
+                        f"(lower --lr, more rows, or look at audit.csv){kept}")
+
+
+def save_model(model, folder, base_model, rows) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(str(folder), create_model_card=False)
+    (folder / "README.md").write_text(
         f"---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n---\n\n# Fine-tuned {base_model}\n\n"
-        f"Fine-tuned for retrieval on {len(columns['query'])} (query, positive, negative) rows. Use `encode_query` "
+        f"Fine-tuned for retrieval on {rows} (query, positive, negative) rows. Use `encode_query` "
         "for queries and `encode_document` for documents. run.json in the folder above says how it was made.\n", encoding="utf-8")
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-    return load_model(str(final), device, precision, offline=True)
 
 
-def draw_curve(path, log, baseline) -> None:
-    """Training loss, and validation nDCG@10 and Hit@1 with the baseline's level, over steps."""
+def swap_in(out, names) -> None:
+    """Give the folders .NAME.new their names, the old ones away; of a name without such a folder only the old one goes."""
+    for name in names:
+        new, old = out / f".{name}.new", out / f".{name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if (out / name).exists():
+            (out / name).rename(old)
+        if new.exists():
+            new.rename(out / name)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def draw_curves(path, log, baseline, mixes) -> None:
+    """Training loss; validation over steps, with the baseline's level; validation over the share of tuning."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     left.plot(*zip(*((e["step"], e["loss"]) for e in log if "loss" in e)), color="tab:gray")
     left.set(title="Training loss", xlabel="step", ylabel="loss")
     for name, color in (("nDCG@10", "tab:blue"), ("Hit@1", "tab:orange")):
         points = [(e["step"], e[f"eval_val_cosine_{METRICS[name]}"]) for e in log if f"eval_val_cosine_{METRICS[name]}" in e]
-        right.plot(*zip((0, baseline[name]), *points), marker="o", color=color, label=name)
-        right.axhline(baseline[name], color=color, linestyle=":", linewidth=1, label=f"{name}, base model")
-    right.set(title="Validation", xlabel="step")
-    right.legend(fontsize=8)
+        middle.plot(*zip((0, baseline[name]), *points), marker="o", color=color, label=name)
+        middle.axhline(baseline[name], color=color, linestyle=":", linewidth=1, label=f"{name}, base model")
+        right.plot([m["share"] for m in mixes], [m[name] for m in mixes], marker="o", color=color, label=name)
+    kept = next(m["share"] for m in mixes if m["kept"])
+    right.axvline(kept, color="tab:gray", linestyle=":", label=f"kept: {kept:g}")
+    middle.set(title="Validation while training", xlabel="step")
+    right.set(title="Validation between base (0) and tuned (1)", xlabel="share of the tuned weights")
+    for axes in (middle, right):
+        axes.legend(fontsize=8)
     with replacing(path, "wb") as f:
         fig.savefig(f, dpi=130, format="png")
     plt.close(fig)
 
 
-def verdict(before, after) -> str:
+def verdict(before, after, drift) -> str:
     change = after["nDCG@10"] - before["nDCG@10"]
-    word = "better" if change > 0 else "WORSE" if change < 0 else "unchanged"
-    return f"Verdict: {word} on validation, nDCG@10 {before['nDCG@10']:.3f} -> {after['nDCG@10']:.3f} ({change:+.3f})"
+    return (f"Verdict: {'better' if change > 0 else 'unchanged'} on validation, nDCG@10 {before['nDCG@10']:.3f} -> {after['nDCG@10']:.3f} "
+            f"({change:+.3f}); weights moved by {drift['weights']:.1%}, documents to a cosine of {drift['cosine']:.3f} with their old vectors")
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    timer, out = Timer(), Path(args.out)
-    checkpoints = out / "checkpoints"
+# ---------------------------------------------------------------- the run
+
+def prepare(args, timer) -> dict | None:
+    """Read, audit, mine and score the base model: what train() and finish() need; None if only the audit was asked for."""
+    out = Path(args.out)
     with timer("read"):
         find_model(args.base_model, args.offline)
+        if args.lora_rank:
+            need_peft()
         splits, inputs = read_triplets(args)
         rows = need_split(splits, "train", args)[:args.limit]
-        columns = train_columns(rows, args.seed)
-        documents = documents_file(args.data)
-        queries, corpus, qrels = validation_set(
-            need_split(splits, "validation", args), read_documents(str(documents), "text", True) if documents else [],
-            rows, splits.get("test", []), args.val_size, args.seed)
+        held_out = {name: splits.get(name, []) for name in ("validation", "test")}
+        need_split(splits, "validation", args)
+        documents, files = all_documents(args)
     with timer("load"):
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
-        base = load_model(args.base_model, device, precision, args.offline, args.max_seq_length)
-        config = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "offline", "data")} | {
-            "precision": precision, "device": device, "weights of the base model": fingerprint(base, "document"),
-            "data": text_id(json.dumps([columns, queries, corpus], ensure_ascii=False))}
-        start_checkpoints(checkpoints, config, args.resume)
-    print(f"{len(rows)} training rows, {len(columns) - 2} negatives each; {len(queries)} validation queries over "
-          f"{len(corpus)} documents; {device}, {precision}", flush=True)
+        base = load_model(args.base_model, device, precision, args.offline, args.max_seq_length,
+                          {kind: getattr(args, f"{kind}_prompt") for kind in KINDS})
+        prompts = {kind: prompt_of(base, kind) for kind in KINDS}
+    with timer("audit"):
+        offences, figures = audit.find_offences(rows, held_out, base)
+        kept = audit.without_harm(rows, offences)
+        found = {"audit": audit.report(rows, kept, offences, figures, args.train_length, out / "audit.csv")}
+    if args.audit_only:
+        return None
+    if args.mine_negatives:
+        with timer("mine"):
+            asked = {normalise(r.positive) for split in held_out.values() for r in split}
+            pool = {normalise(t): t for t in [d.text for d in documents] + [t for r in kept for t in (r.positive, *r.negatives)]}
+            kept, found["mined"] = mine_negatives(kept, [t for k, t in pool.items() if k not in asked], base, args.mine_negatives)
+            print("mined: {share:.1%} of rows, {a_row:.1f} negatives each, from {documents} documents; their cosines, quartiles: "
+                  "{score_quantiles}".format(**found["mined"]), flush=True)
+    columns = train_columns(kept, args.seed)
+    queries, corpus, qrels = validation_set(held_out["validation"], documents, kept, held_out["test"], args.val_size, args.seed)
+    if len(queries) < FEW:
+        note(f"{len(queries)} validation queries are too few to tell a better model from luck (have {FEW} at least)")
+    start_checkpoints(Path(args.out) / "checkpoints", {k: v for k, v in vars(args).items() if k not in ("resume", "out", "offline", "data")} | {
+        "precision": precision, "device": device, "processes": processes(), "weights of the base model": fingerprint(base, "document"),
+        "data": text_id(json.dumps([columns, queries, corpus], ensure_ascii=False))}, args.resume)
+    print(f"{len(kept)} training rows, {len(columns) - 2} negatives each; {len(queries)} validation queries over "
+          f"{len(corpus)} documents; {device}, {precision}" + f", {processes()} processes" * (processes() > 1), flush=True)
+    if any(prompts.values()):
+        print("prompts: " + ", ".join(f"{kind} {p!r}" for kind, p in prompts.items()), flush=True)
     with timer("baseline"):
         evaluator = make_evaluator(queries, corpus, qrels)
-        before = score(evaluator, base, corpus)
+        before = score(evaluator, base, encode(base, list(corpus.values()), "document"))
         print("  base model  " + "  ".join(f"{k} {v:.3f}" for k, v in before.items()), flush=True)
-    with timer("train"):
-        best, log = train(args, columns, evaluator, device, precision, checkpoints)
+    return {"columns": columns, "validation": (queries, corpus, qrels), "before": before, "device": device, "precision": precision,
+            "prompts": prompts, "found": found, "inputs": inputs + files}
+
+
+def need_peft() -> None:
+    from importlib.util import find_spec
+    if find_spec("peft") is None:
+        raise UserError("--lora_rank needs the package peft (pip install peft)")
+
+
+def choose_mix(evaluator, base, start, tuned, before) -> list[dict]:
+    """Validation scores between the base model and the tuned one, the best of them "kept": of equals the one nearer to the base.
+
+    `base`: the model in the precision of evaluation, whose weights are overwritten; `start`, `tuned`: states.
+    """
+    mixes = [{"share": 0.0, "kept": False} | before]
+    for share in (*SHARES, 1.0):
+        base.load_state_dict(mix(start, tuned, share))
+        mixes.append({"share": share, "kept": False} | score(evaluator, base))
+        print(f"  {share:g} of the way  " + "  ".join(f"{name} {mixes[-1][name]:.3f}" for name in METRICS), flush=True)
+    max(mixes[1:], key=lambda m: (m["nDCG@10"], -m["share"]))["kept"] = True
+    return mixes
+
+
+def finish(args, timer, plan, best, log) -> None:
+    """From the best checkpoint to final/: mix, save, read back, score, refuse or keep, and report."""
+    out, before, device, precision = Path(args.out), plan["before"], plan["device"], plan["precision"]
+    queries, corpus, qrels = plan["validation"]
+    rows, texts = len(plan["columns"]["query"]), list(corpus.values())
+    evaluator = make_evaluator(queries, corpus, qrels)
+    with timer("mix"):
+        tuned = load_trained(best, args, device)
+        base = load_model(args.base_model, device, precision, args.offline, args.max_seq_length, plan["prompts"])
+        old_vectors = encode(base, texts, "document")
+        start, end = state_of(load_model(args.base_model, device, "fp32", args.offline)), state_of(tuned)
+        mixes = choose_mix(evaluator, base, start, end, before)
+        share = next(m["share"] for m in mixes if m["kept"])
     with timer("score"):
-        after = score(evaluator, save_final(best, args.base_model, device, precision, args, columns), corpus)
+        shutil.rmtree(out / ".fully_tuned.new", ignore_errors=True)
+        if share < 1:
+            save_model(tuned, out / ".fully_tuned.new", args.base_model, rows)
+        tuned.load_state_dict(mix(start, end, share))
+        save_model(tuned, out / ".final.new", args.base_model, rows)
+        final = load_model(str(out / ".final.new"), device, precision, offline=True)
+        vectors = encode(final, texts, "document")
+        after = score(evaluator, final, vectors)
+        drift = drift_of(start, state_of(load_model(str(out / ".final.new"), device, "fp32", offline=True)), old_vectors, vectors)
+        try:
+            refuse(drift, before, after)
+        except UserError:
+            for name in (".final.new", ".fully_tuned.new"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            raise
+        swap_in(out, ("final", "fully_tuned"))
+    step = int(best.name.rsplit("-", 1)[1])
     with replacing(out / "training_log.jsonl") as f:
         f.writelines(json.dumps(entry) + "\n" for entry in log)
-    draw_curve(out / "training_curve.png", log, before)
+    draw_curves(out / "training_curve.png", log, before, mixes)
     write_json(out / "run.json", run_record(
-        "1_train_embedding.py", args, inputs + ([documents] if documents else []), timer.seconds, device=device, precision=precision,
-        counts={"rows": len(rows), "queries": len(queries), "documents": len(corpus)},
-        result={"baseline": before, "finetuned": after, "best_step": int(best.name.rsplit("-", 1)[1])}))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+        "1_train_embedding.py", args, plan["inputs"], timer.seconds, device=device, precision=precision, processes=processes(),
+        prompts=plan["prompts"], counts={"rows": rows, "queries": len(queries), "documents": len(corpus)}, **plan["found"],
+        result={"baseline": before, "finetuned": after, "best_step": step, "mixes": mixes, "drift": drift}))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
     print()
     print_table([(n, f"{before[n]:.3f}", f"{after[n]:.3f}", f"{after[n] - before[n]:+.3f}") for n in METRICS],
                 (f"validation ({len(queries)} queries)", "baseline", "fine-tuned", "change"))
-    print(f"\nSaved the model of step {best.name.rsplit('-', 1)[1]} to {out / 'final'} after {timer.seconds['train']:.0f} s of training"
-          f"\nNext: python 2_eval_retrieval.py\n{verdict(before, after)}")
+    print(f"mean cosine of two different documents: {drift['spread'][0]:.3f} -> {drift['spread'][1]:.3f}")
+    whole = f"; the fully tuned model is in {out / 'fully_tuned'}" if share < 1 else ""
+    also = " --also " + " ".join(f"finetuned@{d}" for d in sorted(args.matryoshka, reverse=True)) if args.matryoshka else ""
+    print(f"\nSaved the model of step {step}, {share:g} of the way from the base model, to {out / 'final'} "
+          f"after {timer.seconds['train']:.0f} s of training{whole}\nNext: python 2_eval_retrieval.py{also}\n{verdict(before, after, drift)}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    timer = Timer()
+    join_processes(args.device)
+    plan = on_lead(lambda: prepare(args, timer))
+    if plan is None:
+        return
+    with timer("train"):
+        best, log = train(args, plan["columns"], make_evaluator(*plan["validation"]), plan["device"], plan["precision"],
+                          Path(args.out) / "checkpoints")
+    on_lead(lambda: finish(args, timer, plan, best, log))
 
 
 if __name__ == "__main__":

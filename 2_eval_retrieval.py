@@ -26,13 +26,14 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from audit import leakage, training_rows
 from common import (RUNS, Timer, add_run_flags, parser, print_table, replacing, run_record, run_script,
                     write_csv, write_json)
 from reading import add_data_flags
-from retrieval import add_model_flags, add_search_flags, load_model, pick_device, pick_precision, read_evaluation
+from retrieval import (add_model_flags, add_search_flags, load_model, pick_device, pick_precision, prompts_given, read_evaluation,
+                       run_record_of)
 from significance import compare, compare_systems, context_saved, detectable, mean_intervals, queries_needed, verdict
-from systems import (DEPTH, METRICS, Searcher, audit, evaluate, metrics_of, parse_systems, run_record_of, slices,
-                     training_rows)
+from systems import DEPTH, METRICS, Searcher, evaluate, metrics_of, parse_systems, slices
 
 SYSTEMS = ("baseline", "finetuned")
 PRIMARY = "nDCG@10"  # the one metric of the verdict, fixed before any result is seen
@@ -283,7 +284,7 @@ def judge(systems, rankings, searcher, golds, splits, seed):
     """Levels, comparisons and the audit with those of the clean part; without training rows the audit is None."""
     import numpy as np
     full = statistics({name: s["values"] for name, s in systems.items()}, seed)
-    seen = audit(searcher.queries, golds, searcher.corpus, splits) if splits else None
+    seen = leakage(searcher.queries, golds, searcher.corpus, splits) if splits else None
     if not seen or not (seen["seen"] or any(seen["leaked"])):
         return full, seen, None
     keep = [i for i, leaked in enumerate(seen["leaked"]) if not leaked]
@@ -349,7 +350,7 @@ def main(argv=None):
     print(f"{size}; {device}, {precision}", flush=True)
 
     def load(name, limit):
-        return load_model(name, device, precision, args.offline, args.max_seq_length or limit)
+        return load_model(name, device, precision, args.offline, args.max_seq_length or limit, prompts_given(args.finetuned, name))
 
     searcher = Searcher(names, corpus, queries, min(max(args.top_k or 0, DEPTH), len(corpus)), load)
     rankings, systems = dict.fromkeys(wanted), dict.fromkeys(wanted)

@@ -28,7 +28,7 @@ from common import (RUNS, Timer, add_run_flags, number, parser, print_table, rep
 from llm import (EXTRACTIVE, NOT_CALLED, OK, STORE, TEMPLATES, Call, Reply, Server, Store, about_tokens, connect, cost, cut, extract,
                  load_template)
 from reading import add_data_flags
-from retrieval import (add_model_flags, add_search_flags, gold_cosines, load_model, pick_device, pick_precision,
+from retrieval import (add_model_flags, add_search_flags, gold_cosines, length_limit, load_model, pick_device, pick_precision, prompts_given,
                        read_evaluation, rows_of, search)
 
 SYSTEMS = judge.ROLES
@@ -330,8 +330,8 @@ def main(argv=None):
     found, limit = {}, args.max_seq_length
     for role in reversed(SYSTEMS):  # the fine-tuned model first: its length limit holds for both
         with timer(role):
-            model = load_model(names[role], device, precision, args.offline, limit)
-            limit = limit or model.max_seq_length
+            model = load_model(names[role], device, precision, args.offline, limit, prompts_given(args.finetuned, names[role]))
+            limit = limit or length_limit(model)
             found[role] = retrieve(model, corpus, queries, golds, depth)
     records = make_records(queries, golds, corpus, found, args)
     if args.dry_run:

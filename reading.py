@@ -44,6 +44,13 @@ def add_data_flags(p):
     return g
 
 
+def add_document_flags(g):
+    """The flags that say where more documents than the triplets' own come from."""
+    g.add_argument("--extra", action="append", default=[], metavar="DOCUMENTS",
+                   help="more documents: a file, a folder of .txt and .md files, or a dataset id; may be repeated")
+    g.add_argument("--text_col", default="text", metavar="NAME", help="column of the documents that holds the text")
+
+
 def add_query_flags(g):
     """The flags of the scripts that take queries from elsewhere than the test split."""
     g.add_argument("--queries", default=None, metavar="JSONL", help="queries instead of the test split, in BEIR's layout: "
@@ -202,17 +209,12 @@ def _triplets(rows, args, source) -> list[Triplet]:
         if column not in rows[0][1]:
             raise UserError(f'{source}: no column "{column}" (it has: {", ".join(map(str, rows[0][1]))}; '
                             "name yours with --query_col, --positive_col, --negative_col)")
-    out, equal = [], 0
+    out = []
     for where, row in rows:
         query, positive = (text_field(row, c, where) for c in (args.query_col, args.positive_col))
         given = row.get(args.negative_col)
         given = [] if given is None else given if isinstance(given, list) else [given]
-        given = [_text(n, args.negative_col, where) for n in given]
-        kept = tuple(n for n in given if normalise(n) != normalise(positive))
-        equal += len(given) - len(kept)
-        out.append(Triplet(query, positive, kept, where))
-    if equal:
-        note(f"{source}: {equal} negatives equal their own positive: dropped, the rows kept")
+        out.append(Triplet(query, positive, tuple(_text(n, args.negative_col, where) for n in given), where))
     return out
 
 
@@ -275,10 +277,13 @@ def read_documents(spec, text_col, offline) -> list[Document]:
     return [Document(str(row.get("title") or ""), text_field(row, text_col, where), str(spec)) for where, row in rows]
 
 
-def documents_file(data) -> Path | None:
-    """The `documents` file of a data folder, taken without asking."""
-    folder = Path(data).expanduser()
-    return _split_file(folder, "documents") if folder.is_dir() else None
+def all_documents(args) -> tuple[list[Document], list[Path]]:
+    """The documents of the data folder's `documents` file, taken without asking, and of --extra; the local files among them."""
+    folder = Path(args.data).expanduser()
+    own = _split_file(folder, "documents") if folder.is_dir() else None
+    specs = [str(own)] * bool(own) + args.extra
+    return ([d for spec in specs for d in read_documents(spec, args.text_col, args.offline)],
+            [Path(s) for s in specs if Path(s).is_file()])
 
 
 def read_corpus(path) -> list[dict]:

@@ -4,7 +4,9 @@ Heavy libraries are imported where they are used, so that wrong arguments are an
 """
 import hashlib
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 from common import (CORPUS, FINETUNED, RUNS, UserError, file_sha256, first_line, looks_like_path, note, number,
@@ -13,6 +15,7 @@ from llm import connect
 from reading import add_query_flags, hit1_ceiling, merge_equal, read_corpus, read_queries
 
 CACHE = RUNS / "cache"
+KINDS = ("query", "document")
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -146,10 +149,29 @@ def pick_precision(wanted: str, device: str) -> str:
     return "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
 
 
-def load_model(name, device, precision, offline, max_seq_length=None):
+# What the model cards of families say that their configuration files do not: patterns of names, prompts
+# for queries and for documents. gte models other than gte-Qwen, and bge-m3, want none.
+INSTRUCTION = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: "
+FAMILY_PROMPTS = (
+    (r"e5-.*instruct|gte-qwen", INSTRUCTION, ""),
+    (r"(^|[-_])e5[-_]", "query: ", "passage: "),
+    (r"bge-(small|base|large)-en|mxbai-embed", "Represent this sentence for searching relevant passages: ", ""),
+    (r"bge-(small|base|large)-zh", "为这个句子生成表示以用于检索相关文章：", ""),
+    (r"nomic-embed|^modernbert-embed", "search_query: ", "search_document: "))
+
+
+def family_prompts(name) -> dict[str, str]:
+    """The prompts that the family of this model documents, by the last part of its name; {} if it documents none."""
+    base = Path(name).name.lower()
+    return next(({"query": q, "document": d} for pattern, q, d in FAMILY_PROMPTS if re.search(pattern, base)), {})
+
+
+def load_model(name, device, precision, offline, max_seq_length=None, prompts=None):
     """A SentenceTransformer from a folder or the hub, weights in `precision` ("fp32" or "bf16").
 
     Never runs code that comes with a model, and reads safetensors only. `name` as for find_model().
+    Its prompts are those saved in it, else those of its family; `prompts` {"query", "document"} goes
+    before either, except where it is None.
     """
     where = find_model(name, offline)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -166,20 +188,43 @@ def load_model(name, device, precision, offline, max_seq_length=None):
                                     model_kwargs={"dtype": dtype, "use_safetensors": True})
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as e:
         raise UserError(f"cannot load model {name}: {first_line(e)} (give a folder that holds a model)")
-    if max_seq_length:
+    if max_seq_length and length_limit(model):
         model.max_seq_length = max_seq_length
+    if not any(prompt_of(model, kind) for kind in KINDS):
+        model.prompts.update(family_prompts(name))
+    model.prompts.update({kind: p for kind, p in (prompts or {}).items() if p is not None})
     return model.eval()
+
+
+def length_limit(model) -> int | None:
+    """How many tokens the model reads; None if all, as a static model does."""
+    return model.max_seq_length if model.max_seq_length and math.isfinite(model.max_seq_length) else None
+
+
+def run_record_of(finetuned) -> dict:
+    """The run record beside the fine-tuned model; empty if there is none to read."""
+    try:
+        record = json.loads((Path(finetuned).parent / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    return record if isinstance(record, dict) else {}
 
 
 def baseline_of(finetuned) -> str:
     """The base model that the run of this fine-tuned model started from, by its run record."""
-    folder = Path(finetuned)
-    if not folder.is_dir():
+    if not Path(finetuned).is_dir():
         raise UserError(f"{finetuned} does not exist (make it: python 1_train_embedding.py)")
     try:
-        return json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))["arguments"]["base_model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder.parent}/run.json does not say which model {finetuned} came from (name it by --baseline)")
+        return run_record_of(finetuned)["arguments"]["base_model"]
+    except (KeyError, TypeError):
+        raise UserError(f"{Path(finetuned).parent}/run.json does not say which model {finetuned} came from (name it by --baseline)")
+
+
+def prompts_given(finetuned, name) -> dict | None:
+    """The prompts that --query_prompt and --document_prompt gave the base model before it was trained, if `name` is that model."""
+    given = run_record_of(finetuned).get("arguments")
+    if isinstance(given, dict) and given.get("base_model") == name:
+        return {kind: given.get(f"{kind}_prompt") for kind in KINDS}
 
 
 def fingerprint(model, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""The systems that an evaluation compares, their figures, and what training has seen of the texts.
+"""The systems that an evaluation compares, and their figures.
 
 A system is named by one word on the command line:
 
@@ -9,7 +9,6 @@ A system is named by one word on the command line:
   openai:NAME      an embedding model behind OpenAI, a server that speaks its language, or Azure
 """
 import functools
-import json
 import math
 import re
 import unicodedata
@@ -17,10 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from common import UserError, file_sha256, normalise, note
+from common import UserError
 from llm import connect
-from reading import DATA, read_triplets
-from retrieval import ServerModel, find_model, prompt_of, rows_of, search, top_k, unit_length
+from retrieval import ServerModel, find_model, length_limit, prompt_of, rows_of, search, top_k, unit_length
 
 METRICS = ("Hit@1", "Hit@3", "Hit@5", "Hit@10", "MRR@10", "nDCG@10", "Recall@10", "MAP@100")
 DEPTH = 100  # documents that the metrics look at
@@ -181,7 +179,7 @@ class Searcher:
     def _model(self, name):
         tuned = self.names["finetuned"]
         model = self.load(name, self.limits.get(tuned) if name in self.names.values() else None)
-        self.limits[name] = model.max_seq_length
+        self.limits[name] = length_limit(model)
         if name == tuned:
             self.tokens, self.room = count_tokens(model, [d["text"] for d in self.corpus])
         return model
@@ -256,90 +254,11 @@ def evaluate(label, ranking, searcher, golds) -> dict:
             "rank": rank, "score": score, "gap": gap, "context": np.cumsum(searcher.tokens[ranking.rows], axis=1)}
 
 
-# ---------------------------------------------------------------- words, slices, and what training has seen
+# ---------------------------------------------------------------- words and slices
 
 def words(text) -> list[str]:
     """Words of a text: runs of letters and digits without case; single characters of Chinese and Japanese."""
     return re.findall(rf"[{CJK}]|[^\W{CJK}]+", unicodedata.normalize("NFKC", text).casefold())
-
-
-def near_copies(texts, known, least=0.8) -> list[int | None]:
-    """For each text the index of one in `known` that shares at least `least` of their word pairs; None without one.
-
-    Jaccard similarity of the sets of neighbouring words (the ends count as words), exact: two sets
-    that are similar enough share one of their rarest pairs (prefix filter; Chaudhuri, Ganti &
-    Kaushik, ICDE 2006), so only those are looked up. Equal words in another case or with other
-    punctuation are similarity 1.
-    """
-    def pairs(text):
-        w = ["", *words(text), ""]
-        return frozenset(zip(w, w[1:]))
-
-    sets, others = [pairs(t) for t in known], [pairs(t) for t in texts]
-    count = Counter(p for s in sets + others for p in s)
-
-    def rarest(s):
-        return sorted(s, key=lambda p: (count[p], p))[:len(s) - math.ceil(least * len(s) - 1e-9) + 1]
-
-    index = {}
-    for i, s in enumerate(sets):
-        for p in rarest(s):
-            index.setdefault(p, []).append(i)
-    out = []
-    for s in others:
-        likely = dict.fromkeys(i for p in rarest(s) for i in index.get(p, ()))
-        out.append(next((i for i in likely if len(s & sets[i]) >= least * len(s | sets[i]) - 1e-9), None))
-    return out
-
-
-def audit(queries, golds, corpus, splits) -> dict:
-    """Test queries and gold documents that stand in training or validation rows, and distractors that training saw.
-
-    Counts, and "leaked" (a bool a query: it or a gold document of it is equal or near, see
-    near_copies()) and "seen" (rows of the corpus whose text is in a training row).
-    """
-    rows = splits["train"] + splits.get("validation", [])
-    gold_ids = {d for gold in golds for d in gold}
-    gold_rows = [i for i, d in enumerate(corpus) if d["_id"] in gold_ids]
-
-    def kinds(texts, known):
-        equal, near = {normalise(t) for t in known}, near_copies(texts, known)
-        return ["equal" if normalise(t) in equal else "near" if n is not None else "" for t, n in zip(texts, near)]
-
-    by_query = kinds([text for _, text in queries], list(dict.fromkeys(r.query for r in rows)))
-    by_gold = kinds([corpus[i]["text"] for i in gold_rows], list(dict.fromkeys(t for r in rows for t in (r.positive, *r.negatives))))
-    tainted = {corpus[i]["_id"] for i, kind in zip(gold_rows, by_gold) if kind}
-    trained = {kind: {normalise(t) for t in texts} for kind, texts in (
-        ("negative", [t for r in splits["train"] for t in r.negatives]), ("positive", [r.positive for r in splits["train"]]))}
-    seen = {kind: [i for i, d in enumerate(corpus) if normalise(d["text"]) in texts] for kind, texts in trained.items()}
-    distractors = {kind: sum(corpus[i]["_id"] not in gold_ids for i in found) for kind, found in seen.items()}
-    return {"queries": Counter(k for k in by_query if k), "gold": Counter(k for k in by_gold if k), "distractors": distractors,
-            "leaked": [bool(kind) or bool(tainted & set(gold)) for kind, gold in zip(by_query, golds)],
-            "seen": sorted({*seen["negative"], *seen["positive"]})}
-
-
-def training_rows(args, found, record) -> dict | None:
-    """The splits to audit, from read_evaluation() or --data; None, with a note, if there are no training rows.
-
-    `record` is the fine-tuned model's run record: a note says if it names another training file.
-    """
-    if "splits" not in found and (args.data != str(DATA) or DATA.exists()):
-        found["splits"], found["files"] = read_triplets(args)
-    splits, files = found.get("splits", {}), found.get("files", ())
-    if "train" not in splits:
-        return note("no training rows in --data: what training has seen is not looked for")
-    if files and record.get("inputs") and file_sha256(files[0]) not in record["inputs"].values():
-        note(f"{args.finetuned} was trained on other rows than {files[0]} now holds: what training has seen is looked for in the latter")
-    return splits
-
-
-def run_record_of(finetuned) -> dict:
-    """The run record beside the fine-tuned model; empty if there is none to read."""
-    try:
-        record = json.loads((Path(finetuned).parent / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    return record if isinstance(record, dict) else {}
 
 
 def slices(searcher, golds) -> dict:

@@ -13,10 +13,11 @@ import pytest
 from conftest import DOCUMENTS, ROWS, run_cli, stage, write_jsonl
 
 import systems
+from audit import near_copies
 from common import UserError, text_id
 from reading import hit1_ceiling, merge_equal
 from retrieval import read_evaluation
-from systems import Searcher, metrics_of, near_copies, parse_system, parse_systems, words
+from systems import Searcher, metrics_of, parse_system, parse_systems, words
 
 
 def read_jsonl(path):

@@ -104,11 +104,6 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     assert read_rows(tmp_path / "a.jsonl")[0][1] == read_rows(tmp_path / "a.csv")[0][1] == {"query": "a\u2028b"}
 
 
-def test_a_negative_equal_to_its_positive_is_dropped_and_counted(tmp_path, capsys):
-    write_jsonl(tmp_path / "test.jsonl", [row(0, negative=[" " + ROWS[0][1].replace(" ", "  "), "other"])])
-    assert read_triplets(arguments(tmp_path))[0]["test"][0].negatives == ("other",)
-    assert "1 negatives equal their own positive" in capsys.readouterr().err
-
 
 def test_a_row_may_have_no_negative(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", [{"query": "a", "positive": "b"}])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import retrieval
+import training
 from common import UserError
 from conftest import ROWS, stage, write_jsonl
 from reading import Triplet
@@ -29,17 +30,17 @@ def triplets(rows=ROWS):
 
 def test_the_columns_are_query_positive_and_negatives_in_this_order():
     rows = [Triplet("q1", "p1", ("n1", "n2"), ""), Triplet("q2", "p2", ("n3",), ""), Triplet("q3", "p3", (), "")]
-    columns = s1.train_columns(rows, seed=0)
+    columns = training.train_columns(rows, seed=0)
     assert list(columns) == ["query", "positive", "negative", "negative_2"]
     assert columns["negative"][:2] == ["n1", "n3"] and columns["negative_2"][:2] == ["n2", "n3"]
     assert columns["negative"][2] in ("p1", "p2")
-    assert list(s1.train_columns([r._replace(negatives=()) for r in rows], 0)) == ["query", "positive"]
+    assert list(training.train_columns([r._replace(negatives=()) for r in rows], 0)) == ["query", "positive"]
 
 
 def test_one_row_or_one_positive_cannot_be_trained_on():
     for rows in (triplets()[:1], [r._replace(positive="same") for r in triplets()]):
         with pytest.raises(UserError, match="at least two rows with different positives"):
-            s1.train_columns(rows, 0)
+            training.train_columns(rows, 0)
 
 
 @pytest.mark.parametrize("distinct, bsz", [(20, 16), (20, 8), (3, 8), (200, 16)])
@@ -48,7 +49,7 @@ def test_the_sampler_reaches_every_row_in_every_epoch_and_repeats_no_positive_in
     import torch
     rows = datasets.Dataset.from_dict({"query": [f"q{i}" for i in range(200)], "positive": [f"p{i % distinct}" for i in range(200)],
                                        "negative": [f"p{i * 7 % 5}" if i % 5 else "common" for i in range(200)]})
-    sampler = s1.make_sampler(3)(rows, batch_size=bsz, drop_last=False, seed=1, generator=torch.Generator())
+    sampler = training.make_sampler(3)(rows, batch_size=bsz, drop_last=False, seed=1, generator=torch.Generator())
     orders = set()
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -65,13 +66,13 @@ def test_the_sampler_reaches_every_row_in_every_epoch_and_repeats_no_positive_in
 
 def test_batches_are_dealt_evenly_and_a_common_negative_forces_no_extra_batch():
     rows = [[f"q{i}", f"p{i}", "common"] for i in range(100)]
-    batches = s1.deal_rows(rows, range(100), 32)
+    batches = training.deal_rows(rows, range(100), 32)
     assert sorted(map(len, batches)) == [25, 25, 25, 25]
 
 
 def test_a_positive_never_meets_itself_as_the_negative_of_another_row():
     rows = [["q0", "a", "b"], ["q1", "b", "c"], ["q2", "c", "d"], ["q0", "e", "f"]]
-    batches = s1.deal_rows(rows, range(4), 4)
+    batches = training.deal_rows(rows, range(4), 4)
     side = {i: n for n, b in enumerate(batches) for i in b}
     assert side[0] != side[1] != side[2] and side[0] != side[3] and sorted(side) == [0, 1, 2, 3]
 
@@ -86,7 +87,7 @@ def test_validation_holds_every_validation_text_once_and_no_test_positive():
 
 
 def test_training_improves_a_random_model_and_says_so(data, tiny_model, tmp_path, capsys):
-    run = train(data, tiny_model, tmp_path, "--epochs", "20", "--lr", "1e-4")
+    run = train(data, tiny_model, tmp_path, "--epochs", "20", "--lr", "1e-4", "--patience", "20")
     out = capsys.readouterr().out
     before, after = run["result"]["baseline"], run["result"]["finetuned"]
     assert after["nDCG@10"] > before["nDCG@10"]
@@ -96,12 +97,12 @@ def test_training_improves_a_random_model_and_says_so(data, tiny_model, tmp_path
 
 
 def test_the_kept_model_is_the_best_checkpoint_scored_after_reading_it_back(data, tiny_model, tmp_path):
-    run = train(data, tiny_model, tmp_path, "--epochs", "6", "--lr", "3e-2", "--evals", "6")
+    run = train(data, tiny_model, tmp_path, "--epochs", "6", "--lr", "3e-3", "--evals", "1", "--patience", "6")
     log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     scores = {e["step"]: e["eval_val_cosine_ndcg@10"] for e in log if "eval_val_cosine_ndcg@10" in e}
     assert len(scores) == 6
     assert scores[run["result"]["best_step"]] == max(scores.values())
-    assert run["result"]["finetuned"]["nDCG@10"] == pytest.approx(max(scores.values()), abs=1e-6)
+    assert run["result"]["mixes"][-1]["nDCG@10"] == pytest.approx(max(scores.values()), abs=1e-6)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(data, tiny_model, tmp_path):
@@ -113,7 +114,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(data, tiny_m
 def interrupt_after(monkeypatch, step):
     """Let training die right after the checkpoint of this step."""
     from transformers import TrainerCallback
-    make = s1.make_trainer
+    make = training.make_trainer
 
     class Stop(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
@@ -125,7 +126,7 @@ def interrupt_after(monkeypatch, step):
         trainer.add_callback(Stop())
         return trainer
 
-    monkeypatch.setattr(s1, "make_trainer", stopping)
+    monkeypatch.setattr(training, "make_trainer", stopping)
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(data, tiny_model, tmp_path, monkeypatch):
@@ -191,15 +192,15 @@ def test_training_in_bf16_keeps_fp32_weights_and_scores_what_was_saved(data, tin
     from conftest import DOCUMENTS
     from reading import Document
     queries, corpus, qrels = s1.validation_set(splits[0], [Document("", d, "") for d in DOCUMENTS], splits[1], splits[2], 500, 42)
-    again = s1.score(s1.make_evaluator(queries, corpus, qrels), model, corpus)
+    again = s1.score(s1.make_evaluator(queries, corpus, qrels), model, retrieval.encode(model, list(corpus.values()), "document"))
     assert run["result"]["finetuned"] == again and run["precision"] == "bf16"
 
 
 def test_the_train_length_clips_while_training_but_not_the_saved_model(data, tiny_model, tmp_path):
-    columns = s1.train_columns(triplets(), 0)
+    columns = training.train_columns(triplets(), 0)
     args = s1.parse_args(["--data", str(data), *FLAGS, "--train_length", "8"])
     model = retrieval.load_model(str(tiny_model), "cpu", "fp32", True)
-    trainer = s1.make_trainer(model, columns, None or s1.make_evaluator({"q": "a"}, {"d": "b"}, {"q": {"d"}}), args, "fp32", tmp_path)
+    trainer = training.make_trainer(model, columns, None or s1.make_evaluator({"q": "a"}, {"d": "b"}, {"q": {"d"}}), args, "fp32", tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["positive_input_ids"].shape[1] == 8 and model.max_seq_length == 64
 
@@ -217,9 +218,10 @@ def test_a_run_record_says_what_was_run_on_what(data, tiny_model, tmp_path):
     assert run["counts"] == {"rows": 12, "queries": 6, "documents": 32}
 
 
-def test_a_worse_model_is_called_worse():
-    before, after = {"nDCG@10": 0.7}, {"nDCG@10": 0.6}
-    assert s1.verdict(before, after) == "Verdict: WORSE on validation, nDCG@10 0.700 -> 0.600 (-0.100)"
+def test_the_verdict_says_by_how_much_everything_moved():
+    text = s1.verdict({"nDCG@10": 0.6}, {"nDCG@10": 0.7}, {"weights": 0.012, "cosine": 0.75})
+    assert text == ("Verdict: better on validation, nDCG@10 0.600 -> 0.700 (+0.100); weights moved by 1.2%, documents to a cosine of 0.750 "
+                    "with their old vectors")
 
 
 def test_rows_without_negatives_are_trained_on(tmp_path, data, tiny_model, capsys):

@@ -1,0 +1,360 @@
+"""Training: rows as batches that leave none out, losses, LoRA, several processes, checkpoints to resume from.
+
+Started by `torchrun`, every process runs the same script: the first one, the lead, reads, measures
+and writes; on_lead() hands what it found to the others, and all of them train. `--bsz` is the batch of
+all processes together and every document in it is a negative for every query, so that two processes
+train the model that one would have trained.
+"""
+import json
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+from common import UserError, normalise, note, shuffled, write_json
+from retrieval import load_model, pick_device
+
+METRICS = {"Hit@1": "accuracy@1", "Hit@10": "accuracy@10", "MRR@10": "mrr@10", "nDCG@10": "ndcg@10"}
+SELECT = "ndcg@10"
+ADAPTER = "lora.safetensors"
+LEARNING_RATES = {"all weights": 1e-4, "LoRA": 1e-3, "a static model": 1e-2}
+MINI_BATCH = 32  # texts that the cached loss holds activations of at once
+
+
+# ---------------------------------------------------------------- several processes
+
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_lead() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join_processes(device) -> None:
+    """Join the processes that torchrun started; nothing to do in a plain run. Only the lead prints."""
+    if processes() == 1:
+        return
+    from datetime import timedelta
+    import torch
+    device = pick_device(device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # the others wait while the lead reads, mines and measures, which may take hours
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=2))
+    if not is_lead():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def on_lead(work):
+    """The result of `work()`, done by the lead alone; a UserError there ends every process."""
+    if processes() == 1:
+        return work()
+    import torch
+    box = [None, False]
+    try:
+        if is_lead():
+            box[0] = work()
+    except UserError:
+        box[1] = True
+        raise
+    finally:
+        if is_lead() and (box[1] or sys.exc_info()[0] is None):
+            torch.distributed.broadcast_object_list(box)
+    if not is_lead():
+        torch.distributed.broadcast_object_list(box)
+        if box[1]:
+            raise SystemExit(1)  # the lead says why
+    return box[0]
+
+
+# ---------------------------------------------------------------- batches
+
+def train_columns(rows, seed) -> dict[str, list[str]]:
+    """Rows as columns query, positive, negative, negative_2 …: as many as the richest row has.
+
+    The loss wants every row to have the same number, so a shorter row repeats its own negatives; a
+    row without any borrows another row's positive, which the batch would hold against it anyway.
+    """
+    if len({normalise(r.positive) for r in rows}) < 2:
+        raise UserError(f"{rows[0].where}: training needs at least two rows with different positives, got {len(rows)}")
+    most = max(len(r.negatives) for r in rows)
+    bare = sum(not r.negatives for r in rows) if most else 0
+    if bare:
+        note(f"{bare} of {len(rows)} training rows have no negative: each borrows another row's positive")
+    borrowed = shuffled([r.positive for r in rows], seed)
+    columns = {"query": [r.query for r in rows], "positive": [r.positive for r in rows]}
+    for n in range(most):
+        columns["negative" if n == 0 else f"negative_{n + 1}"] = [
+            r.negatives[n % len(r.negatives)] if r.negatives
+            else next(p for p in borrowed[i:] + borrowed if normalise(p) != normalise(r.positive))
+            for i, r in enumerate(rows)]
+    return columns
+
+
+def deal_rows(rows, order, size, share=1) -> list[list[int]]:
+    """Deal row numbers into batches of at most `size`, evenly, so that no row's query or positive
+    stands anywhere else in its batch (there it would count as a negative of the row).
+
+    `rows`: a list a row of query, positive, negatives. Rows of the most common positives are
+    dealt first, while every batch is open to them; rows that fit nowhere go into later batches. A negative
+    may repeat: that costs nothing, and a text that many rows share as their negative would otherwise
+    force a batch for each.
+
+    Batch lengths are multiples of `share`, the number of processes: a batch that is short takes rows
+    of others a second time, or if none fits is left out.
+    """
+    count = Counter(text for row in rows for text in row[:2])
+    batches, left = [], list(order)
+    while left:
+        window, left = left[:64 * size], left[64 * size:]  # bounds the search on large data
+        window.sort(key=lambda i: -max(count[text] for text in rows[i][:2]))
+        opened = [([], set(), set()) for _ in range(math.ceil(len(window) / size))]
+        rest = []
+        for i in window:
+            fitting = [b for b in opened if len(b[0]) < size and _fits(rows[i], b)]
+            if not fitting:
+                rest.append(i)
+                continue
+            _put(i, rows[i], min(fitting, key=lambda b: len(b[0])))
+        for batch in opened:
+            for i in order if len(batch[0]) % share else ():
+                if len(batch[0]) % share and i not in batch[0] and _fits(rows[i], batch):
+                    _put(i, rows[i], batch)
+        batches += [b[0] for b in opened if b[0] and len(b[0]) % share == 0]
+        left = rest + left
+    return batches
+
+
+def _fits(row, batch) -> bool:
+    return batch[1].isdisjoint(row) and batch[2].isdisjoint(row[:2])
+
+
+def _put(i, row, batch) -> None:
+    batch[0].append(i)
+    batch[1].update(row[:2])
+    batch[2].update(row)
+
+
+def make_sampler(epochs):
+    """The library's no-duplicates sampler with other batches, dealt by deal_rows().
+
+    The library's own defers rows that repeat a text to ever shorter batches, more of them than
+    rows / batch size, and the trainer stops at len(): on data whose texts repeat, it silently left
+    out up to a third of the rows. Here len() is the true number of batches.
+
+    With several processes each batch is given out in equal parts, one after the other: accelerate
+    hands them to the processes in turn.
+    """
+    import torch
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+
+    class EveryRowSampler(NoDuplicatesBatchSampler):
+        batches = 0
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.rows = [list(row.values()) for row in self.dataset]
+            self.total, self.parts = self.batch_size * processes(), processes()
+            if self.parts > 1:
+                self.batch_size = None  # accelerate's sign for batches of any length
+                self.sampler = self     # where it looks for set_epoch()
+            passes = []
+            for epoch in range(math.ceil(epochs)):
+                self.set_epoch(epoch)
+                passes.append(sum(1 for _ in self))
+            self.set_epoch(0)
+            self.batches = max(passes)
+
+        def _iter_one_pass(self, *unused):
+            order = torch.randperm(len(self.rows), generator=self.generator).tolist()
+            batches = deal_rows(self.rows, order, self.total, self.parts)
+            for b in torch.randperm(len(batches), generator=self.generator):
+                part = len(batches[b]) // self.parts
+                yield from (batches[b][n * part:(n + 1) * part] for n in range(self.parts))
+
+        def __len__(self):
+            return self.batches
+
+    return EveryRowSampler
+
+
+# ---------------------------------------------------------------- the loss, and LoRA
+
+def make_loss(model, args, device):
+    """The loss of --loss and --matryoshka. Its temperature is 0.05 (a scale of 20), as in the library's MNRL.
+
+    gist masks every in-batch document that a frozen copy of the base model, the guide, scores above
+    the row's own positive (Solatorio, arXiv 2402.16829): likely a positive that nobody marked.
+    """
+    from sentence_transformers.sentence_transformer import losses
+    gather = {"gather_across_devices": processes() > 1}
+    if args.loss == "gist":
+        guide = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length, _prompts(args))
+        try:
+            loss = losses.GISTEmbedLoss(model, guide.requires_grad_(False), temperature=0.05, contrast_anchors=False,
+                                        contrast_positives=False, **gather)
+        except ValueError:
+            raise UserError("--loss gist needs a transformer's tokenizer, which a static model lacks (use --loss mnrl)")
+    elif args.loss == "cached":
+        try:
+            loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=MINI_BATCH, **gather)
+        except ValueError:
+            raise UserError("--loss cached is not for static models, which need no saving of memory (use --loss mnrl)")
+    else:
+        loss = losses.MultipleNegativesRankingLoss(model, **gather)
+    if args.matryoshka:
+        full = model.get_embedding_dimension()
+        if max(args.matryoshka) > full:
+            raise UserError(f"--matryoshka {max(args.matryoshka)}: the model's vectors have {full} dimensions")
+        loss = losses.MatryoshkaLoss(model, loss, sorted({full, *args.matryoshka}, reverse=True))
+    return loss
+
+
+def _prompts(args) -> dict:
+    return {"query": args.query_prompt, "document": args.document_prompt}
+
+
+def load_trainee(args, device):
+    """The model to train, from --base_model, and the LoRA adapters in it if --lora_rank asks for them, else None.
+
+    Weights are fp32, also where bf16 computes: kept in bf16 they would round small updates away.
+    """
+    import torch
+    model = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length, _prompts(args))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = args.dropout
+    if not args.lora_rank:
+        return model, None
+    from peft import LoraConfig, LoraModel
+    body = getattr(model[0], "auto_model", None)
+    if body is None:
+        raise UserError("--lora_rank is for transformers; this model has none (train it whole)")
+    torch.manual_seed(args.seed)  # of the adapters' first values
+    config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, lora_dropout=args.dropout, target_modules="all-linear")
+    return model, LoraModel(body, {"default": config}, "default")
+
+
+def load_trained(checkpoint, args, device):
+    """The model of a checkpoint in fp32, LoRA adapters merged into plain weights."""
+    if not args.lora_rank:
+        return load_model(str(checkpoint), device, "fp32", offline=True)
+    from safetensors.torch import load_file
+    model, adapters = load_trainee(args, device)
+    model.load_state_dict(load_file(checkpoint / ADAPTER), strict=False)
+    adapters.merge_and_unload()
+    return model.eval()
+
+
+def learning_rate(args, model) -> float:
+    """--lr, else the rate that suits what is trained."""
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    kind = "LoRA" if args.lora_rank else "a static model" if isinstance(model[0], StaticEmbedding) else "all weights"
+    return args.lr or LEARNING_RATES[kind]
+
+
+# ---------------------------------------------------------------- the trainer
+
+def make_trainer(model, columns, evaluator, args, precision, folder):
+    import datasets
+    from safetensors.torch import load_file, save_file
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
+
+    class QuietTrainer(SentenceTransformerTrainer):
+        """Without the automatic model card, which would publish training texts in every checkpoint."""
+
+        def add_model_card_callback(self, default_args_dict):
+            pass
+
+        def _save(self, output_dir=None, state_dict=None):
+            folder = Path(output_dir or self.args.output_dir)
+            if args.lora_rank:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file({n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}, folder / ADAPTER)
+            else:
+                self.model.save_pretrained(str(folder), create_model_card=False)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            if args.lora_rank:
+                self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTER), strict=False)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint)
+
+        def _load_best_model(self):
+            pass  # it is read back from disk by load_trained()
+
+    class Report(TrainerCallback):
+        """One line on stdout for each validation."""
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            if state.is_world_process_zero:
+                shown = "  ".join(f"{name} {metrics[f'eval_val_cosine_{key}']:.3f}" for name, key in METRICS.items())
+                print(f"  step {state.global_step}/{state.max_steps}  {shown}", flush=True)
+
+    class Bar(ProgressCallback):
+        """The progress bar without its dump of every log line."""
+
+        def on_log(self, *args, **kwargs):
+            pass
+
+    sampler, share = make_sampler(args.epochs), args.bsz // processes()
+    rows = datasets.Dataset.from_dict(columns)
+    steps = len(sampler(rows, batch_size=share, drop_last=False, seed=args.seed, generator=_generator())) // processes()
+    every = max(1, math.ceil(steps / args.evals))
+    settings = SentenceTransformerTrainingArguments(
+        output_dir=str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=share, learning_rate=learning_rate(args, model),
+        warmup_steps=0.1, batch_sampler=sampler, seed=args.seed, eval_strategy="steps", save_strategy="steps", eval_steps=every,
+        save_steps=every, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model=f"eval_val_cosine_{SELECT}",
+        greater_is_better=True, restore_callback_states_from_checkpoint=True, logging_steps=max(1, every // 5), disable_tqdm=True,
+        report_to="none", use_cpu=model.device.type == "cpu", bf16=precision == "bf16",
+        prompts={c: model.prompts.get("query" if c == "query" else "document") or "" for c in columns})
+    settings._n_gpu = min(settings.n_gpu, 1)  # else plain `python` on several GPUs means the slow DataParallel
+    trainer = QuietTrainer(model=model, args=settings, train_dataset=rows, loss=make_loss(model, args, model.device),
+                           evaluator=evaluator, callbacks=[Report(), EarlyStoppingCallback(math.ceil(args.patience * steps / every))])
+    trainer.data_collator.max_length = args.train_length
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Bar())
+    return trainer
+
+
+def _generator():
+    import torch
+    return torch.Generator()
+
+
+def train(args, columns, evaluator, device, precision, folder) -> tuple[Path, list[dict]]:
+    """Train into checkpoints under `folder`; the best checkpoint's path and the log."""
+    import transformers
+    transformers.set_seed(args.seed)
+    trainer = make_trainer(load_trainee(args, device)[0], columns, evaluator, args, precision, folder)
+    last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if args.resume else None
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except KeyboardInterrupt:
+        if transformers.trainer_utils.get_last_checkpoint(str(folder)) is None:
+            raise
+        raise UserError("interrupted (the same command with --resume goes on from the last checkpoint)")
+    best = trainer.state.best_model_checkpoint
+    if best is None or not Path(best).is_dir():  # the library only logs when it cannot write one
+        raise UserError(f"no checkpoint was written to {folder} (is the disk full?)")
+    return Path(best), trainer.state.log_history
+
+
+def start_checkpoints(folder, config, resume) -> None:
+    """Make the checkpoint folder, or check that what is in it can be resumed with these arguments."""
+    written = folder / "config.json"
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(written, config)
+        return
+    if not any(folder.glob("checkpoint-*/trainer_state.json")):
+        raise UserError(f"nothing to resume: {folder} holds no checkpoint (run without --resume)")
+    old = json.loads(written.read_text(encoding="utf-8"))
+    changed = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
+    if changed:
+        raise UserError(f"cannot resume: {', '.join(changed)} changed since the interrupted run "
+                        "(give the same arguments, or run without --resume)")
