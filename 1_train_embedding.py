@@ -28,7 +28,8 @@ from common import (FINETUNED, Timer, UserError, add_run_flags, normalise, note,
 from reading import add_data_flags, add_document_flags, all_documents, need_split, read_triplets
 from retrieval import (DEFAULT_MODEL, KINDS, add_model_flags, encode, find_model, fingerprint, load_model, pick_device,
                        pick_precision, prompt_of)
-from training import LEARNING_RATES, METRICS, join_processes, load_trained, on_lead, processes, start_checkpoints, train, train_columns
+from training import (LEARNING_RATES, METRICS, join_processes, learning_rate, load_trained, on_lead, processes, start_checkpoints, train,
+                      train_columns)
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from the base model to the fully tuned one, tried beside the whole way
 MARGIN = 0.05               # mined negatives stay this share below their positive's score (Moreira et al., arXiv 2407.15831)
@@ -286,7 +287,8 @@ def prepare(args, timer) -> dict | None:
     with timer("audit"):
         offences, figures = audit.find_offences(rows, held_out, base)
         kept = audit.without_harm(rows, offences)
-        found = {"audit": audit.report(rows, kept, offences, figures, args.train_length, out / "audit.csv")}
+        found = {"learning_rate": learning_rate(args, base),
+                 "audit": audit.report(rows, kept, offences, figures, args.train_length, out / "audit.csv")}
     if args.audit_only:
         return None
     if args.mine_negatives:

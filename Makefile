@@ -1,10 +1,11 @@
 # make demo: set up, then stages 0 to 3 on data/, training one epoch to be done in minutes.
 # make test: set up, then the whole test suite.
+# make levers DATA=folder: what each lever of training does, over three seeds; takes hours.
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 .DELETE_ON_ERROR:
-.PHONY: demo test clean
+.PHONY: demo test levers clean
 
 demo: $(VENV)/.requirements
 	$(PY) 0_build_corpus.py
@@ -14,6 +15,10 @@ demo: $(VENV)/.requirements
 
 test: $(VENV)/.requirements-dev
 	$(PY) -m pytest
+
+DATA ?= data
+levers: $(VENV)/.requirements-dev
+	$(PY) tests/levers.py --data $(DATA)
 
 # torch by itself first: pip then never meets a wish for another version of it
 $(VENV)/.requirements: requirements.txt

@@ -14,6 +14,7 @@ from systems import count_tokens, words
 
 HEADER = ("row", "problem", "left_out", "query", "text", "cosine_positive", "cosine_negative", "detail")
 
+SHOWN = 300  # characters of a text in the CSV; the row says where the whole one is
 NEGATIVE_IS_POSITIVE = "negative is a positive of the same query"
 REPEATED_ROW = "same as an earlier row"
 NO_TOKENS = "text without a single token"
@@ -110,7 +111,7 @@ def without_harm(rows, found) -> list:
 def report(rows, kept, found, figures, train_length, path) -> dict:
     """Print the audit, write the offenders to `path` as CSV; what the run record keeps of it."""
     left = {r.where for r in rows} - {r.where for r in kept}
-    write_csv(path, HEADER, [(o.where, o.problem, harm(o.problem), *o[2:]) for o in found])
+    write_csv(path, HEADER, [(o.where, o.problem, harm(o.problem), o.query, o.text[:SHOWN], *o[4:]) for o in found])
     affected = Counter(problem for _, problem in {(o.where, o.problem) for o in found})
     lines = [(problem, n, {"row": "left out", "negative": "negative left out"}.get(harm(problem), "")) for problem, n in affected.items()]
     lines.sort(key=lambda line: (not line[2], -line[1]))

@@ -19,7 +19,7 @@ from retrieval import load_model, pick_device
 METRICS = {"Hit@1": "accuracy@1", "Hit@10": "accuracy@10", "MRR@10": "mrr@10", "nDCG@10": "ndcg@10"}
 SELECT = "ndcg@10"
 ADAPTER = "lora.safetensors"
-LEARNING_RATES = {"all weights": 1e-4, "LoRA": 1e-3, "a static model": 1e-2}
+LEARNING_RATES = {"all weights": 1e-4, "LoRA": 1e-3, "a static model": 0.05}
 MINI_BATCH = 32  # texts that the cached loss holds activations of at once
 
 
@@ -37,8 +37,10 @@ def join_processes(device) -> None:
     """Join the processes that torchrun started; nothing to do in a plain run. Only the lead prints."""
     if processes() == 1:
         return
+    import warnings
     from datetime import timedelta
     import torch
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the library gathers by a function that torch has renamed
     device = pick_device(device)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
