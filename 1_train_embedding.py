@@ -28,8 +28,8 @@ from common import (FINETUNED, Timer, UserError, add_run_flags, normalise, note,
 from reading import add_data_flags, add_document_flags, all_documents, need_split, read_triplets
 from retrieval import (DEFAULT_MODEL, KINDS, add_model_flags, encode, find_model, fingerprint, load_model, pick_device,
                        pick_precision, prompt_of)
-from training import (LEARNING_RATES, METRICS, join_processes, learning_rate, load_trained, on_lead, processes, start_checkpoints, train,
-                      train_columns)
+from training import (LEARNING_RATES, METRICS, check_model, join_processes, learning_rate, load_trained, on_lead, processes, start_checkpoints,
+                      train, train_columns)
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from the base model to the fully tuned one, tried beside the whole way
 MARGIN = 0.05               # mined negatives stay this share below their positive's score (Moreira et al., arXiv 2407.15831)
@@ -154,11 +154,10 @@ def make_evaluator(queries, corpus, qrels, batch_size=32):
         precision_recall_at_k=[10], batch_size=batch_size, write_csv=False, score_functions={"cosine": cos_sim})
 
 
-def score(evaluator, model, vectors=None) -> dict[str, float]:
-    """METRICS of a model on the validation set; `vectors`, those of its documents if they are known."""
+def score(evaluator, model, vectors) -> dict[str, float]:
+    """METRICS of a model on the validation set; `vectors`: those of its documents."""
     import torch
-    known = {} if vectors is None else {"corpus_embeddings": torch.from_numpy(vectors).to(model.device)}
-    found = evaluator(model, **known)
+    found = evaluator(model, corpus_embeddings=torch.from_numpy(vectors).to(model.device))
     return {name: round(float(found[f"val_cosine_{key}"]), 6) for name, key in METRICS.items()}
 
 
@@ -283,6 +282,7 @@ def prepare(args, timer) -> dict | None:
         precision = pick_precision(args.precision, device)
         base = load_model(args.base_model, device, precision, args.offline, args.max_seq_length,
                           {kind: getattr(args, f"{kind}_prompt") for kind in KINDS})
+        check_model(args, base)
         prompts = {kind: prompt_of(base, kind) for kind in KINDS}
     with timer("audit"):
         offences, figures = audit.find_offences(rows, held_out, base)
@@ -323,15 +323,16 @@ def need_peft() -> None:
         raise UserError("--lora_rank needs the package peft (pip install peft)")
 
 
-def choose_mix(evaluator, base, start, tuned, before) -> list[dict]:
+def choose_mix(evaluator, base, start, tuned, before, texts) -> list[dict]:
     """Validation scores between the base model and the tuned one, the best of them "kept": of equals the one nearer to the base.
 
-    `base`: the model in the precision of evaluation, whose weights are overwritten; `start`, `tuned`: states.
+    `base`: the model in the precision of evaluation, whose weights are overwritten; `start`, `tuned`: states; `texts`: the
+    validation documents. Their vectors go through the cache: the kept model is read back from disk and needs them again.
     """
     mixes = [{"share": 0.0, "kept": False} | before]
     for share in (*SHARES, 1.0):
         base.load_state_dict(mix(start, tuned, share))
-        mixes.append({"share": share, "kept": False} | score(evaluator, base))
+        mixes.append({"share": share, "kept": False} | score(evaluator, base, encode(base, texts, "document")))
         print(f"  {share:g} of the way  " + "  ".join(f"{name} {mixes[-1][name]:.3f}" for name in METRICS), flush=True)
     max(mixes[1:], key=lambda m: (m["nDCG@10"], -m["share"]))["kept"] = True
     return mixes
@@ -348,7 +349,7 @@ def finish(args, timer, plan, best, log) -> None:
         base = load_model(args.base_model, device, precision, args.offline, args.max_seq_length, plan["prompts"])
         old_vectors = encode(base, texts, "document")
         start, end = state_of(load_model(args.base_model, device, "fp32", args.offline)), state_of(tuned)
-        mixes = choose_mix(evaluator, base, start, end, before)
+        mixes = choose_mix(evaluator, base, start, end, before, texts)
         share = next(m["share"] for m in mixes if m["kept"])
     with timer("score"):
         shutil.rmtree(out / ".fully_tuned.new", ignore_errors=True)

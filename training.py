@@ -195,24 +195,32 @@ def make_loss(model, args, device):
     gather = {"gather_across_devices": processes() > 1}
     if args.loss == "gist":
         guide = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length, _prompts(args))
-        try:
-            loss = losses.GISTEmbedLoss(model, guide.requires_grad_(False), temperature=0.05, contrast_anchors=False,
-                                        contrast_positives=False, **gather)
-        except ValueError:
-            raise UserError("--loss gist needs a transformer's tokenizer, which a static model lacks (use --loss mnrl)")
+        loss = losses.GISTEmbedLoss(model, guide.requires_grad_(False), temperature=0.05, contrast_anchors=False,
+                                    contrast_positives=False, **gather)
     elif args.loss == "cached":
-        try:
-            loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=MINI_BATCH, **gather)
-        except ValueError:
-            raise UserError("--loss cached is not for static models, which need no saving of memory (use --loss mnrl)")
+        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=MINI_BATCH, **gather)
     else:
         loss = losses.MultipleNegativesRankingLoss(model, **gather)
     if args.matryoshka:
-        full = model.get_embedding_dimension()
-        if max(args.matryoshka) > full:
-            raise UserError(f"--matryoshka {max(args.matryoshka)}: the model's vectors have {full} dimensions")
-        loss = losses.MatryoshkaLoss(model, loss, sorted({full, *args.matryoshka}, reverse=True))
+        loss = losses.MatryoshkaLoss(model, loss, sorted({model.get_embedding_dimension(), *args.matryoshka}, reverse=True))
     return loss
+
+
+def check_model(args, model) -> None:
+    """Raise UserError for what was asked of this model and it cannot do."""
+    if is_static(model):
+        if args.loss != "mnrl":
+            raise UserError(f"--loss {args.loss} is for transformers, and this model is static (use --loss mnrl)")
+        if args.lora_rank:
+            raise UserError("--lora_rank is for transformers, and this model is static (train it whole)")
+    dim = model.get_embedding_dimension()
+    if args.matryoshka and max(args.matryoshka) > dim:
+        raise UserError(f"--matryoshka {max(args.matryoshka)}: the model's vectors have {dim} dimensions")
+
+
+def is_static(model) -> bool:
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    return isinstance(model[0], StaticEmbedding)
 
 
 def _prompts(args) -> dict:
@@ -232,12 +240,9 @@ def load_trainee(args, device):
     if not args.lora_rank:
         return model, None
     from peft import LoraConfig, LoraModel
-    body = getattr(model[0], "auto_model", None)
-    if body is None:
-        raise UserError("--lora_rank is for transformers; this model has none (train it whole)")
     torch.manual_seed(args.seed)  # of the adapters' first values
     config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, lora_dropout=args.dropout, target_modules="all-linear")
-    return model, LoraModel(body, {"default": config}, "default")
+    return model, LoraModel(model[0].auto_model, {"default": config}, "default")
 
 
 def load_trained(checkpoint, args, device):
@@ -253,8 +258,7 @@ def load_trained(checkpoint, args, device):
 
 def learning_rate(args, model) -> float:
     """--lr, else the rate that suits what is trained."""
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-    kind = "LoRA" if args.lora_rank else "a static model" if isinstance(model[0], StaticEmbedding) else "all weights"
+    kind = "LoRA" if args.lora_rank else "a static model" if is_static(model) else "all weights"
     return args.lr or LEARNING_RATES[kind]
 
 
