@@ -333,7 +333,7 @@ def choose_mix(evaluator, base, start, tuned, before, texts) -> list[dict]:
     for share in (*SHARES, 1.0):
         base.load_state_dict(mix(start, tuned, share))
         mixes.append({"share": share, "kept": False} | score(evaluator, base, encode(base, texts, "document")))
-        print(f"  {share:g} of the way  " + "  ".join(f"{name} {mixes[-1][name]:.3f}" for name in METRICS), flush=True)
+        print(f"  {share:.0%} tuned  " + "  ".join(f"{name} {mixes[-1][name]:.3f}" for name in METRICS), flush=True)
     max(mixes[1:], key=lambda m: (m["nDCG@10"], -m["share"]))["kept"] = True
     return mixes
 
@@ -382,10 +382,10 @@ def finish(args, timer, plan, best, log) -> None:
     print_table([(n, f"{before[n]:.3f}", f"{after[n]:.3f}", f"{after[n] - before[n]:+.3f}") for n in METRICS],
                 (f"validation ({len(queries)} queries)", "baseline", "fine-tuned", "change"))
     print(f"mean cosine of two different documents: {drift['spread'][0]:.3f} -> {drift['spread'][1]:.3f}")
-    whole = f"; the fully tuned model is in {out / 'fully_tuned'}" if share < 1 else ""
+    mixed, whole = (f" ({share:.0%} tuned, {1 - share:.0%} base)", f"; the unmixed one is in {out / 'fully_tuned'}") if share < 1 else ("", "")
     also = " --also " + " ".join(f"finetuned@{d}" for d in sorted(args.matryoshka, reverse=True)) if args.matryoshka else ""
-    print(f"\nSaved the model of step {step}, {share:g} of the way from the base model, to {out / 'final'} "
-          f"after {timer.seconds['train']:.0f} s of training{whole}\nNext: python 2_eval_retrieval.py{also}\n{verdict(before, after, drift)}")
+    print(f"\nSaved the model of step {step}{mixed} to {out / 'final'} after "
+          f"{timer.seconds['train']:.0f} s of training{whole}\nNext: python 2_eval_retrieval.py{also}\n{verdict(before, after, drift)}")
 
 
 def main(argv=None):
