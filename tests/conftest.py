@@ -107,11 +107,11 @@ def walk(data, tiny_model, tmp_path_factory):
     return out
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Tests share a cache among themselves, never the one under runs/."""
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """All tests and fixtures share one cache, never the one under runs/."""
     import retrieval
-    monkeypatch.setattr(retrieval, "CACHE", tmp_path_factory.getbasetemp() / "cache")
+    retrieval.CACHE = tmp_path_factory.mktemp("cache")
 
 
 STAGES = ("0_build_corpus", "1_train_embedding", "2_eval_retrieval", "3_rag_batch_eval")

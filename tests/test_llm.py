@@ -245,9 +245,13 @@ def test_ctrl_c_keeps_the_calls_under_way(serve, tmp_path, monkeypatch):
         while len(scripted.requests) < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     threading.Thread(target=interrupt).start()
-    with pytest.raises(UserError, match="2 calls of this run are kept .* goes on"):
-        server.run([call(str(i)) for i in range(20)], "t")
+    try:
+        with pytest.raises(UserError, match="2 calls of this run are kept .* goes on"):
+            server.run([call(str(i)) for i in range(20)], "t")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(Store(tmp_path / "store").replies) == 2 == len(scripted.requests)
 
 
