@@ -32,6 +32,7 @@ from training import (LEARNING_RATES, METRICS, check_model, join_processes, lear
                       train, train_columns)
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from the base model to the fully tuned one, tried beside the whole way
+TIE = 0.002                 # nDCG@10 that says nothing: of mixes so close to the best, the one nearest to the base forgets least
 MARGIN = 0.05               # mined negatives stay this share below their positive's score (Moreira et al., arXiv 2407.15831)
 FEW = 50                    # validation queries below which no choice between models is to be trusted
 
@@ -324,7 +325,7 @@ def need_peft() -> None:
 
 
 def choose_mix(evaluator, base, start, tuned, before, texts) -> list[dict]:
-    """Validation scores between the base model and the tuned one, the best of them "kept": of equals the one nearer to the base.
+    """Validation scores between the base model and the tuned one; "kept" of those within TIE of the best is the one nearest to the base.
 
     `base`: the model in the precision of evaluation, whose weights are overwritten; `start`, `tuned`: states; `texts`: the
     validation documents. Their vectors go through the cache: the kept model is read back from disk and needs them again.
@@ -334,7 +335,8 @@ def choose_mix(evaluator, base, start, tuned, before, texts) -> list[dict]:
         base.load_state_dict(mix(start, tuned, share))
         mixes.append({"share": share, "kept": False} | score(evaluator, base, encode(base, texts, "document")))
         print(f"  {share:.0%} tuned  " + "  ".join(f"{name} {mixes[-1][name]:.3f}" for name in METRICS), flush=True)
-    max(mixes[1:], key=lambda m: (m["nDCG@10"], -m["share"]))["kept"] = True
+    best = max(m["nDCG@10"] for m in mixes[1:])
+    next(m for m in mixes[1:] if m["nDCG@10"] >= best - TIE)["kept"] = True
     return mixes
 
 
