@@ -41,12 +41,12 @@ def run(*words) -> None:
 
 def measure(data, size, rows, recipe, seed, out, others) -> Path:
     """Train one model unless it is there, evaluate it where it was not yet; its folder."""
-    folder = out / f"{Path(data).resolve().name}-{rows}" / f"{recipe.replace(' ', '_').replace(',', '')}-{seed}"
+    folder = out / f"{data.name}-{rows}" / f"{recipe.replace(' ', '_').replace(',', '')}-{seed}"
     if not (folder / "run.json").exists():
         run("1_train_embedding.py", "--data", data, "--limit", rows, "--seed", seed, "--out", folder, *RECIPES[recipe])
     tuned = folder / "fully_tuned"
     for where, documents in {data: size, **others}.items():
-        name = Path(where).resolve().name
+        name = where.name
         corpus, result = out / f"{name}.corpus.jsonl", folder / f"on_{name}"
         if not corpus.exists():
             run("0_build_corpus.py", "--data", where, "--size", documents, "--out", corpus)
@@ -71,8 +71,8 @@ def cell(values, digits=3) -> str:
 
 def table(runs, data, rows, others) -> list[str]:
     """Markdown: mean and standard deviation over seeds. `runs`: {recipe: [folder]}."""
-    name = Path(data).resolve().name
-    elsewhere = [Path(o).resolve().name for o in others]
+    name = data.name
+    elsewhere = [o.name for o in others]
     head = ["recipe", "seeds", *METRICS, "fully tuned nDCG@10", "training s",
             *(f"nDCG@10 on {o}: {which}" for o in elsewhere for which in ("final", "fully tuned"))]
     lines = [f"{name}, {rows} training rows", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -99,7 +99,8 @@ def main():
     p.add_argument("--other_size", type=int, default=800)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "levers")
     args = p.parse_args()
-    others = {args.other: args.other_size} if args.other else {}
+    args.data, args.out = Path(args.data).resolve(), args.out.resolve()  # the stages run in the project's folder
+    others = {Path(args.other).resolve(): args.other_size} if args.other else {}
     lines = []
     for rows in args.rows:
         runs = {}
