@@ -28,8 +28,8 @@ from common import (FINETUNED, Timer, UserError, add_run_flags, normalise, note,
 from reading import add_data_flags, add_document_flags, all_documents, need_split, read_triplets
 from retrieval import (DEFAULT_MODEL, KINDS, add_model_flags, encode, find_model, fingerprint, load_model, pick_device,
                        pick_precision, prompt_of)
-from training import (LEARNING_RATES, METRICS, check_model, join_processes, learning_rate, load_trained, on_lead, processes, start_checkpoints,
-                      train, train_columns)
+from training import (LEARNING_RATES, METRICS, check_model, join_processes, learning_rate, load_trained, on_lead, processes, prompts_asked,
+                      start_checkpoints, train, train_columns)
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from the base model to the fully tuned one, tried beside the whole way
 TIE = 0.002                 # nDCG@10 that says nothing: of mixes so close to the best, the one nearest to the base forgets least
@@ -281,8 +281,7 @@ def prepare(args, timer) -> dict | None:
     with timer("load"):
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
-        base = load_model(args.base_model, device, precision, args.offline, args.max_seq_length,
-                          {kind: getattr(args, f"{kind}_prompt") for kind in KINDS})
+        base = load_model(args.base_model, device, precision, args.offline, args.max_seq_length, prompts_asked(args))
         check_model(args, base)
         prompts = {kind: prompt_of(base, kind) for kind in KINDS}
     with timer("audit"):

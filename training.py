@@ -194,7 +194,7 @@ def make_loss(model, args, device):
     from sentence_transformers.sentence_transformer import losses
     gather = {"gather_across_devices": processes() > 1}
     if args.loss == "gist":
-        guide = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length, _prompts(args))
+        guide = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length, prompts_asked(args))
         loss = losses.GISTEmbedLoss(model, guide.requires_grad_(False), temperature=0.05, contrast_anchors=False,
                                     contrast_positives=False, **gather)
     elif args.loss == "cached":
@@ -223,7 +223,8 @@ def is_static(model) -> bool:
     return isinstance(model[0], StaticEmbedding)
 
 
-def _prompts(args) -> dict:
+def prompts_asked(args) -> dict:
+    """--query_prompt and --document_prompt; None where the model's own holds."""
     return {"query": args.query_prompt, "document": args.document_prompt}
 
 
@@ -233,7 +234,7 @@ def load_trainee(args, device):
     Weights are fp32, also where bf16 computes: kept in bf16 they would round small updates away.
     """
     import torch
-    model = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length, _prompts(args))
+    model = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length, prompts_asked(args))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = args.dropout
@@ -264,11 +265,10 @@ def learning_rate(args, model) -> float:
 
 # ---------------------------------------------------------------- the trainer
 
-def make_trainer(model, columns, evaluator, args, precision, folder):
-    import datasets
+def trainer_class(lora):
+    """The library's trainer without what does not belong here; `lora`: checkpoints hold the adapters alone."""
     from safetensors.torch import load_file, save_file
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
+    from sentence_transformers import SentenceTransformerTrainer
 
     class QuietTrainer(SentenceTransformerTrainer):
         """Without the automatic model card, which would publish training texts in every checkpoint."""
@@ -278,20 +278,27 @@ def make_trainer(model, columns, evaluator, args, precision, folder):
 
         def _save(self, output_dir=None, state_dict=None):
             folder = Path(output_dir or self.args.output_dir)
-            if args.lora_rank:
+            if lora:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}, folder / ADAPTER)
             else:
                 self.model.save_pretrained(str(folder), create_model_card=False)
 
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            if args.lora_rank:
+            if lora:
                 self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTER), strict=False)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint)
 
         def _load_best_model(self):
             pass  # it is read back from disk by load_trained()
+
+    return QuietTrainer
+
+
+def callbacks():
+    """What is shown while training: a line on stdout for each validation, a bar on stderr."""
+    from transformers import ProgressCallback, TrainerCallback
 
     class Report(TrainerCallback):
         """One line on stdout for each validation."""
@@ -307,6 +314,14 @@ def make_trainer(model, columns, evaluator, args, precision, folder):
         def on_log(self, *args, **kwargs):
             pass
 
+    return Report(), Bar()
+
+
+def make_trainer(model, columns, evaluator, args, precision, folder):
+    """The trainer of these rows, with the validations, the early stop and the settings of `args`."""
+    import datasets
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from transformers import EarlyStoppingCallback, PrinterCallback
     sampler, share = make_sampler(args.epochs), args.bsz // processes()
     rows = datasets.Dataset.from_dict(columns)
     steps = len(sampler(rows, batch_size=share, drop_last=False, seed=args.seed, generator=_generator())) // processes()
@@ -319,11 +334,13 @@ def make_trainer(model, columns, evaluator, args, precision, folder):
         report_to="none", use_cpu=model.device.type == "cpu", bf16=precision == "bf16",
         prompts={c: model.prompts.get("query" if c == "query" else "document") or "" for c in columns})
     settings._n_gpu = min(settings.n_gpu, 1)  # else plain `python` on several GPUs means the slow DataParallel
-    trainer = QuietTrainer(model=model, args=settings, train_dataset=rows, loss=make_loss(model, args, model.device),
-                           evaluator=evaluator, callbacks=[Report(), EarlyStoppingCallback(math.ceil(args.patience * steps / every))])
+    report, bar = callbacks()
+    trainer = trainer_class(args.lora_rank)(
+        model=model, args=settings, train_dataset=rows, loss=make_loss(model, args, model.device), evaluator=evaluator,
+        callbacks=[report, EarlyStoppingCallback(math.ceil(args.patience * steps / every))])
     trainer.data_collator.max_length = args.train_length
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Bar())
+    trainer.add_callback(bar)
     return trainer
 
 
