@@ -33,7 +33,10 @@ class UserError(Exception):
 # ---------------------------------------------------------------- command line
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and keeps the line breaks of the docstring's example."""
+    """Shows defaults, if there is one to show, and keeps the line breaks of the docstring's example."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
