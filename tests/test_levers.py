@@ -294,6 +294,19 @@ def test_training_stops_early_when_validation_does_not_improve(data, tiny_model,
     assert max(steps) < 40 * 3 and max(steps) == run["result"]["best_step"] + 2 * 3
 
 
+def test_a_resumed_run_stops_where_one_that_was_never_interrupted_stops(data, tiny_model, tmp_path, monkeypatch):
+    flags = ("--epochs", "40", "--patience", "2", "--evals", "1")
+    whole = train(data, tiny_model, tmp_path / "whole", *flags)
+    with monkeypatch.context() as m:
+        interrupt_after(m, whole["result"]["best_step"] + 3)  # one of the two validations that patience allows is over
+        with pytest.raises(UserError, match="--resume"):
+            train(data, tiny_model, tmp_path / "cut", *flags)
+    cut = train(data, tiny_model, tmp_path / "cut", *flags, "--resume")
+    logs = [(tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    assert [json.loads(line)["step"] for line in logs[0]] == [json.loads(line)["step"] for line in logs[1]]
+    assert cut["result"]["best_step"] == whole["result"]["best_step"] and weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
 def test_few_validation_queries_are_warned_of(data, tiny_model, tmp_path, capsys):
     train(data, tiny_model, tmp_path)
     assert "6 validation queries are too few" in capsys.readouterr().err
@@ -306,8 +319,11 @@ def torchrun(*words):
                            *map(str, words)], capture_output=True, text=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
 
 
-def test_two_processes_train_the_model_of_one(data, tiny_model, tmp_path):
-    flags = ("--data", data, "--base_model", tiny_model, "--epochs", "3", "--bsz", "4", "--lr", "1e-3", "--precision", "fp32", "--offline")
+@pytest.mark.parametrize("lever", [(), ("--lora_rank", "4")], ids=["whole", "lora"])
+def test_two_processes_train_the_model_of_one(data, tiny_model, tmp_path, lever):
+    if lever:
+        pytest.importorskip("peft")
+    flags = ("--data", data, "--base_model", tiny_model, "--epochs", "3", "--bsz", "4", "--lr", "1e-3", "--precision", "fp32", "--offline", *lever)
     done = torchrun(*flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     s1.main([*map(str, flags), "--out", str(tmp_path / "one")])
