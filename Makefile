@@ -1,6 +1,6 @@
 # make demo: set up, then stages 0 to 3 on data/, training one epoch to be done in minutes.
 # make test: set up, then the whole test suite.
-# make levers DATA=folder: what each lever of training does, over three seeds; takes hours.
+# make levers DATA=folder ARGS="--size 3000": what each lever of training does, over three seeds; takes hours.
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
@@ -18,7 +18,7 @@ test: $(VENV)/.requirements-dev
 
 DATA ?= data
 levers: $(VENV)/.requirements-dev
-	$(PY) tests/levers.py --data $(DATA)
+	$(PY) tests/levers.py --data $(DATA) $(ARGS)
 
 # torch by itself first: pip then never meets a wish for another version of it
 $(VENV)/.requirements: requirements.txt

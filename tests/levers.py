@@ -1,8 +1,9 @@
 """Measure what each lever of stage 1 does: a table of recipes, over seeds, on the test split.
 
 Not a test, and not part of the suite: on two CPU cores it takes hours. It runs stages 0, 1 and 2 as a
-user would, keeps what is finished (stop it and run it again to go on), and writes OUT/levers.md.
-With --other, each model is also evaluated on that data, which it was not trained for: what did it forget?
+user would, keeps what is finished (stop it and run it again to go on), and after each model writes all that
+is measured to OUT/levers-DATA.md. With --other, each model is also evaluated on that data, which it was not
+trained for: what did it forget?
 
 Example:
   python tests/levers.py --data medquad/ --size 3000 --rows 800 2000 --other data/
@@ -39,53 +40,71 @@ def run(*words) -> None:
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def measure(data, size, rows, recipe, seed, out, others) -> Path:
-    """Train one model unless it is there, evaluate it where it was not yet; its folder."""
-    folder = out / f"{data.name}-{rows}" / f"{recipe.replace(' ', '_').replace(',', '')}-{seed}"
+def measure(folder, data, searched, rows, recipe, seed) -> None:
+    """Train one model into `folder` unless it is there, evaluate it where it was not yet. `searched`: {data: documents}."""
     if not (folder / "run.json").exists():
         run("1_train_embedding.py", "--data", data, "--limit", rows, "--seed", seed, "--out", folder, *RECIPES[recipe])
     tuned = folder / "fully_tuned"
-    for where, documents in {data: size, **others}.items():
-        name = where.name
-        corpus, result = out / f"{name}.corpus.jsonl", folder / f"on_{name}"
+    for where, documents in searched.items():
+        corpus, result = folder.parent.parent / f"{where.name}-{documents}.jsonl", folder / f"on_{where.name}-{documents}"
         if not corpus.exists():
             run("0_build_corpus.py", "--data", where, "--size", documents, "--out", corpus)
         if not (result / "metrics.json").exists():
             run("2_eval_retrieval.py", "--data", where, "--corpus", corpus, "--finetuned", folder / "final", "--out", result,
                 "--also", tuned if tuned.exists() else "baseline")  # naming the baseline again adds no system
-    return folder
 
 
-def levels(folder, name) -> dict[str, dict[str, float]]:
-    """Of one model on one data: METRICS of base, mixed (final) and fully tuned."""
-    systems = json.loads((folder / f"on_{name}" / "metrics.json").read_text(encoding="utf-8"))["systems"]
+def levels(folder, searched) -> dict[str, dict[str, float]] | None:
+    """Of one model on one (data, documents): METRICS of base, mixed (final) and fully tuned; None where it was not evaluated."""
+    path = folder / f"on_{searched[0].name}-{searched[1]}" / "metrics.json"
+    if not path.exists():
+        return None
+    systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
     means = {label: {m: x[m]["mean"] for m in METRICS} for label, x in systems.items()}
-    tuned = next((v for label, v in means.items() if label not in ("baseline", "finetuned")), means["finetuned"])
+    tuned = next((v for label, v in means.items() if label.endswith("fully_tuned")), means["finetuned"])
     return {"base": means["baseline"], "final": means["finetuned"], "fully tuned": tuned}
 
 
 def cell(values, digits=3) -> str:
+    """Mean and standard deviation of what was measured."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def table(runs, data, rows, others) -> list[str]:
-    """Markdown: mean and standard deviation over seeds. `runs`: {recipe: [folder]}."""
-    name = data.name
-    elsewhere = [o.name for o in others]
-    head = ["recipe", "seeds", *METRICS, "fully tuned nDCG@10", "training s",
-            *(f"nDCG@10 on {o}: {which}" for o in elsewhere for which in ("final", "fully tuned"))]
-    lines = [f"{name}, {rows} training rows", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    first = next(iter(runs.values()))[0]
-    lines.append("| base | | " + " | ".join([*(f"{levels(first, name)['base'][m]:.3f}" for m in METRICS), "", "",
-                                             *(x for o in elsewhere for x in (f"{levels(first, o)['base']['nDCG@10']:.3f}", ""))]) + " |")
-    for recipe, folders in runs.items():
-        found = [levels(f, name) for f in folders]
+def table(out, data, rows, searched) -> list[str]:
+    """Markdown of all that is measured in `out`: mean and standard deviation over seeds."""
+    home, *others = searched.items()
+    found = {}  # {recipe: {seed: (folder, levels)}}
+    for recipe in RECIPES:
+        for path in sorted((out / f"{data.name}-{rows}").glob(f"{folder_name(recipe, '*')}/run.json")):
+            if measured := levels(path.parent, home):
+                found.setdefault(recipe, {})[path.parent.name.rsplit("-", 1)[1]] = path.parent, measured
+    walk = found.get("original walk, no dropout", {}) | found.get("original walk", {})
+    head = ["recipe", "seeds", *METRICS, "nDCG@10 above the walk's, by seed", "fully tuned nDCG@10", "training s",
+            *(f"nDCG@10 on {o.name}: {which}" for o, _ in others for which in ("final", "fully tuned"))]
+    lines = [f"{data.name}, {rows} training rows, {home[1]} documents", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    if found:  # any run has the base model's values
+        runs = [folder for seeds in found.values() for folder, _ in seeds.values()]
+        base = [next((x["base"] for f in runs if (x := levels(f, where))), None) for where in searched.items()]
+        lines.append("| " + " | ".join(["base", "", *(f"{base[0][m]:.3f}" for m in METRICS), "", "", "", *(
+            x for b in base[1:] for x in (cell([b and b["nDCG@10"]]), ""))]) + " |")
+    for recipe, seeds in found.items():
+        folders, here = zip(*seeds.values())
+        away = [[levels(f, o) for f in folders] for o in others]
+        above = [f"{seeds[s][1]['final']['nDCG@10'] - walk[s][1]['final']['nDCG@10']:+.3f}" for s in seeds if s in walk and recipe[:8] != "original"]
         seconds = [json.loads((f / "run.json").read_text(encoding="utf-8"))["seconds"]["train"] for f in folders]
-        away = [[levels(f, o)[which]["nDCG@10"] for f in folders] for o in elsewhere for which in ("final", "fully tuned")]
-        lines.append("| " + " | ".join([recipe, str(len(folders)), *(cell([x["final"][m] for x in found]) for m in METRICS),
-                                        cell([x["fully tuned"]["nDCG@10"] for x in found]), cell(seconds, 0), *map(cell, away)]) + " |")
+        lines.append("| " + " | ".join([
+            recipe, str(len(seeds)), *(cell([x["final"][m] for x in here]) for m in METRICS), ", ".join(above),
+            cell([x["fully tuned"]["nDCG@10"] for x in here]), cell(seconds, 0),
+            *(cell([r and r[which]["nDCG@10"] for r in runs]) for runs in away for which in ("final", "fully tuned"))]) + " |")
     return lines + [""]
+
+
+def folder_name(recipe, seed) -> str:
+    return f"{recipe.replace(' ', '_').replace(',', '')}-{seed}"
 
 
 def main():
@@ -100,15 +119,15 @@ def main():
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "levers")
     args = p.parse_args()
     args.data, args.out = Path(args.data).resolve(), args.out.resolve()  # the stages run in the project's folder
-    others = {Path(args.other).resolve(): args.other_size} if args.other else {}
-    lines = []
+    if args.other and Path(args.other).resolve().name == args.data.name:
+        p.error("--data and --other need folders of different names")
+    searched = {args.data: args.size} | ({Path(args.other).resolve(): args.other_size} if args.other else {})
     for rows in args.rows:
-        runs = {}
         for seed in args.seeds:  # seed by seed, so that what is stopped early compares all recipes
             for recipe in args.recipes:
-                runs.setdefault(recipe, []).append(measure(args.data, args.size, rows, recipe, seed, args.out, others))
-        lines += table(runs, args.data, rows, others)
-    (args.out / "levers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                measure(args.out / f"{args.data.name}-{rows}" / folder_name(recipe, seed), args.data, searched, rows, recipe, seed)
+                lines = [line for r in args.rows for line in table(args.out, args.data, r, searched)]
+                (args.out / f"levers-{args.data.name}.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 

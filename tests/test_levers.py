@@ -11,6 +11,7 @@ from conftest import DOCUMENTS, ROOT, ROWS, run_cli, stage, write_jsonl
 from safetensors.torch import load_file
 from test_training import interrupt_after, train, triplets, weights
 
+import levers
 import retrieval
 import training
 from common import UserError, normalise
@@ -353,3 +354,32 @@ def test_batches_for_several_processes_have_equal_parts_and_leave_no_row_out(row
     batches = training.deal_rows(texts, range(rows), bsz, share)
     assert {i for b in batches for i in b} == set(range(rows))
     assert all(len(b) % share == 0 and len(b) <= bsz and len({texts[i][1] for i in b}) == len(b) for b in batches)
+
+
+# ---------------------------------------------------------------- the table of levers
+
+def test_the_table_of_levers_holds_what_is_measured(tmp_path):
+    from pathlib import Path
+    home, other = (Path("home"), 30), (Path("other"), 20)
+
+    def measured(recipe, seed, seconds, where, **ndcg):
+        folder = tmp_path / "home-8" / levers.folder_name(recipe, seed)
+        result = folder / f"on_{where[0].name}-{where[1]}"
+        result.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"seconds": {"train": seconds}}))
+        (result / "metrics.json").write_text(json.dumps(
+            {"systems": {label: {m: {"mean": v} for m in levers.METRICS} for label, v in ndcg.items()}}))
+
+    measured("original walk, no dropout", 1, 900, home, baseline=0.5, finetuned=0.7, bm25=0.1)
+    measured("default", 1, 90, home, baseline=0.5, finetuned=0.8, **{"home-8-default-1-fully_tuned": 0.79})
+    measured("default", 2, 110, home, baseline=0.5, finetuned=0.9)
+    measured("default", 1, 90, other, baseline=0.4, finetuned=0.35, **{"home-8-default-1-fully_tuned": 0.3})
+    measured("mined", 1, 90, other, baseline=0.4, finetuned=0.3)  # not at home yet: no row
+    lines = levers.table(tmp_path, home[0], 8, dict([home, other]))
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0][5:] == ["nDCG@10 above the walk's, by seed", "fully tuned nDCG@10", "training s",
+                           "nDCG@10 on other: final", "nDCG@10 on other: fully tuned"]
+    assert rows[2:] == [
+        ["base", "", "0.500", "0.500", "0.500", "", "", "", "0.400", ""],
+        ["original walk, no dropout", "1", "0.700", "0.700", "0.700", "", "0.700", "900", "", ""],
+        ["default", "2", *["0.850 ± 0.071"] * 3, "+0.100", "0.845 ± 0.078", "100 ± 14", "0.350", "0.300"]]
