@@ -155,9 +155,9 @@ def print_plan(server, records, corpus, args) -> None:
     judging = [c for r in records if args.judge and judge.differs(r) for c in judge.calls_of(r, args)]
     rows, total = [], [0, 0, 0, 0]
     for label, many in (("answers", calls), ("judge, at most", judging)):
-        todo = server.todo(many)
-        row = [len(todo), len({c.key for c in many}) - len(todo),
-               sum(about_tokens(m["content"]) for c in todo for m in c.messages), sum(c.params["max_tokens"] for c in todo)]
+        open_calls = server.unfinished(many)
+        row = [len(open_calls), len({c.key for c in many}) - len(open_calls),
+               sum(about_tokens(m["content"]) for c in open_calls for m in c.messages), sum(c.params["max_tokens"] for c in open_calls)]
         rows.append((label, *(f"{n:,}" for n in row)))
         total = [a + b for a, b in zip(total, row)]
     print_table(rows + [("all", *(f"{n:,}" for n in total))], ("", "calls to make", "already kept", "prompt tokens, about", "answer tokens, at most"))

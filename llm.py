@@ -205,7 +205,7 @@ class Server:
     reached: bool = False
     lock: object = field(default_factory=threading.Lock)
 
-    def todo(self, calls) -> list[Call]:
+    def unfinished(self, calls) -> list[Call]:
         """The calls that would have to be made: each key once, those in the store not at all."""
         return [c for key, c in {c.key: c for c in calls}.items() if key not in self.store.replies]
 
@@ -228,11 +228,11 @@ class Server:
         """
         from concurrent.futures import ThreadPoolExecutor, as_completed
         from tqdm import tqdm
-        todo, lost = self.todo(calls), {}
+        missing, lost = self.unfinished(calls), {}
         if self.max_calls is not None:
-            todo = todo[:self.max_calls - self.started]
+            missing = missing[:self.max_calls - self.started]
         with ThreadPoolExecutor(self.workers) as pool:
-            futures = {pool.submit(self._finish, c): c.key for c in todo}
+            futures = {pool.submit(self._finish, c): c.key for c in missing}
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), desc=label, unit="call", disable=not futures):
                     lost[futures[future]] = future.result()

@@ -192,7 +192,7 @@ def test_equal_calls_are_made_once_and_kept_for_the_next_run(serve, tmp_path):
     first = server.run(calls, "t")
     assert len(scripted.requests) == 7 and server.made == 7
     again = Server(Store(tmp_path / "store"), None)
-    assert again.run(calls, "t") == first and again.todo(calls) == []
+    assert again.run(calls, "t") == first and again.unfinished(calls) == []
 
 
 def test_model_messages_parameters_and_repeats_make_a_call_another_one():
