@@ -43,8 +43,10 @@ def parse_args(argv=None):
     add_document_flags(g)
     g.add_argument("--limit", type=number(least=2), default=None, metavar="N", help="use the first N training rows")
     g.add_argument("--audit_only", action="store_true", help="stop after the audit of the training rows")
-    g.add_argument("--mine_negatives", type=number(least=1), default=None, metavar="N",
-                   help="replace each row's negatives by up to N hard ones, mined from all documents with the base model")
+    g.add_argument("--mine_negatives", type=number(least=0), default=3, metavar="N",
+                   help="replace each row's negatives by up to N hard ones, mined with the base model; 0 keeps the data's own")
+    g.add_argument("--mine_from", type=number(least=1), default=20_000, metavar="N",
+                   help="most documents to mine from: training texts, then a random choice of all others; each is encoded once")
     g = p.add_argument_group("model")
     g.add_argument("--base_model", default=DEFAULT_MODEL, help="a folder, else a Hugging Face model id; any encoder, also a static one")
     for kind in KINDS:
@@ -99,6 +101,15 @@ class CachedModel:
 
     def encode_document(self, texts, **_):
         return encode(self.model, texts, "document")
+
+
+def mining_pool(rows, documents, held_out, most, seed) -> list[str]:
+    """At most `most` different texts to mine from: those of `rows`, then `documents`; none that validation or test asks for."""
+    asked = {normalise(r.positive) for split in held_out.values() for r in split}
+    own = {normalise(t): t for r in rows for t in (r.positive, *r.negatives)}
+    other = {normalise(d.text): d.text for d in documents}
+    keys = shuffled(own, seed) + shuffled((k for k in other if k not in own), seed)
+    return [own.get(k) or other[k] for k in keys if k not in asked][:most]
 
 
 def mine_negatives(rows, texts, model, count) -> tuple[list, dict]:
@@ -293,9 +304,8 @@ def prepare(args, timer) -> dict | None:
         return None
     if args.mine_negatives:
         with timer("mine"):
-            asked = {normalise(r.positive) for split in held_out.values() for r in split}
-            pool = {normalise(t): t for t in [d.text for d in documents] + [t for r in kept for t in (r.positive, *r.negatives)]}
-            kept, found["mined"] = mine_negatives(kept, [t for k, t in pool.items() if k not in asked], base, args.mine_negatives)
+            pool = mining_pool(kept, documents, held_out, args.mine_from, args.seed)
+            kept, found["mined"] = mine_negatives(kept, pool, base, args.mine_negatives)
             print("mined: {share:.1%} of rows, {a_row:.1f} negatives each, from {documents} documents; their cosines, quartiles: "
                   "{score_quantiles}".format(**found["mined"]), flush=True)
     columns = train_columns(kept, args.seed)

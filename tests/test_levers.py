@@ -15,6 +15,7 @@ import levers
 import retrieval
 import training
 from common import UserError, normalise
+from reading import Document
 
 s1 = stage(1)
 
@@ -69,6 +70,25 @@ def test_no_validation_or_test_positive_is_mined(data, tiny_model, tmp_path, mon
     run = train(data, tiny_model, tmp_path / "out", "--mine_negatives", "2", "--extra", tmp_path / "extra.jsonl")
     assert {*DOCUMENTS, "A new document about saws."} <= set(seen[0]) and not {r[1] for r in ROWS[12:]} & set(map(normalise, seen[0]))
     assert run["mined"]["documents"] == len(seen[0]) and 0 < run["mined"]["share"] <= 1
+
+
+def test_mining_is_the_default_and_can_be_left_out(data, tiny_model, tmp_path):
+    for name, flags in (("default", ()), ("off", ("--mine_negatives", "0"))):
+        s1.main(["--data", str(data), "--base_model", str(tiny_model), "--out", str(tmp_path / name), "--epochs", "1", "--bsz", "4", "--lr", "1e-3", *flags])
+    default, off = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("default", "off"))
+    assert default["mined"]["share"] > 0 and 1 < default["mined"]["a_row"] <= 3 and "mined" not in off
+    assert weights(tmp_path / "default") != weights(tmp_path / "off")
+
+
+def test_what_is_mined_from_is_bounded_and_has_the_training_texts_first():
+    rows = triplets()[:4]
+    own = {normalise(t) for r in rows for t in (r.positive, *r.negatives)}
+    documents = [Document("", t, "") for t in (*DOCUMENTS, rows[0].positive.upper(), "  " + rows[1].positive)]
+    pool = s1.mining_pool(rows, documents, {}, len(own) + 3, seed=1)
+    assert set(map(normalise, pool[:len(own)])) == own and set(pool[len(own):]) < {d.text for d in documents} - own
+    assert pool == s1.mining_pool(rows, documents, {}, len(own) + 3, seed=1) != s1.mining_pool(rows, documents, {}, len(own) + 3, seed=2)
+    everything = s1.mining_pool(rows, documents, {}, 10 ** 6, seed=1)
+    assert sorted(map(normalise, everything)) == sorted(own | {normalise(d.text) for d in documents})
 
 
 # ---------------------------------------------------------------- losses
@@ -324,7 +344,8 @@ def torchrun(*words):
 def test_two_processes_train_the_model_of_one(data, tiny_model, tmp_path, lever):
     if lever:
         pytest.importorskip("peft")
-    flags = ("--data", data, "--base_model", tiny_model, "--epochs", "3", "--bsz", "4", "--lr", "1e-3", "--precision", "fp32", "--offline", *lever)
+    flags = ("--data", data, "--base_model", tiny_model, "--epochs", "3", "--bsz", "4", "--lr", "1e-3", "--precision", "fp32", "--offline",
+             "--mine_negatives", "0", *lever)  # so few mined texts would leave short batches, which processes fill up
     done = torchrun(*flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     s1.main([*map(str, flags), "--out", str(tmp_path / "one")])

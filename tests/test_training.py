@@ -12,7 +12,7 @@ from conftest import ROWS, stage, write_jsonl
 from reading import Triplet
 
 s1 = stage(1)
-FLAGS = ("--epochs", "2", "--bsz", "4", "--lr", "1e-3", "--evals", "3", "--precision", "fp32")
+FLAGS = ("--epochs", "2", "--bsz", "4", "--lr", "1e-3", "--evals", "3", "--precision", "fp32", "--mine_negatives", "0")
 
 
 def train(data, model, out, *flags):
