@@ -1,10 +1,11 @@
 """Stage 1: fine-tune an embedding model on the triplets, and say what that changed.
 
-The rows are audited first. Then contrastive training: each query is drawn to its positive and pushed
-from its negatives and from all other documents of the batch. The base model is scored before, on the
-validation queries; the best checkpoint by nDCG@10 is mixed with the base model in several shares, and
-the share that validates best is kept, read back from disk and scored the same way. The last line is
-the verdict. A model that did not change, collapsed or got worse is not kept, and the run fails.
+The rows are audited first, then each gets hard negatives, mined with the base model. Contrastive
+training follows: each query is drawn to its positive and pushed from its negatives and from all other
+documents of the batch. The base model is scored before, on the validation queries; the best checkpoint
+by nDCG@10 is mixed with the base model in several shares, and the share that validates best is kept,
+read back from disk and scored the same way. The last line is the verdict. A model that did not change,
+collapsed or got worse is not kept, and the run fails.
 
 Reads:  the train, validation and test splits of --data, its documents file, --extra
 Writes: runs/finetuned/final (the model), fully_tuned (the unmixed end, where final is a mix),
@@ -14,7 +15,8 @@ Next:   python 2_eval_retrieval.py
 Example:
   python 1_train_embedding.py
   python 1_train_embedding.py --audit_only
-  python 1_train_embedding.py --mine_negatives 3 --loss gist --matryoshka 384 256 128 64
+  python 1_train_embedding.py --mine_negatives 0 --matryoshka 384 256 128 64
+  python 1_train_embedding.py --extra handbook/ --mine_from 100000
   python 1_train_embedding.py --base_model intfloat/e5-large-v2 --lora_rank 16 --loss cached --bsz 256
   torchrun --nproc_per_node 2 1_train_embedding.py
 """
@@ -45,8 +47,8 @@ def parse_args(argv=None):
     g.add_argument("--audit_only", action="store_true", help="stop after the audit of the training rows")
     g.add_argument("--mine_negatives", type=number(least=0), default=3, metavar="N",
                    help="replace each row's negatives by up to N hard ones, mined with the base model; 0 keeps the data's own")
-    g.add_argument("--mine_from", type=number(least=1), default=20_000, metavar="N",
-                   help="most documents to mine from: training texts, then a random choice of all others; each is encoded once")
+    g.add_argument("--mine_from", type=number(least=0), default=20_000, metavar="N",
+                   help="mine from the training rows' own texts and at most N other documents, random ones of all; each is encoded")
     g = p.add_argument_group("model")
     g.add_argument("--base_model", default=DEFAULT_MODEL, help="a folder, else a Hugging Face model id; any encoder, also a static one")
     for kind in KINDS:
@@ -104,12 +106,12 @@ class CachedModel:
 
 
 def mining_pool(rows, documents, held_out, most, seed) -> list[str]:
-    """At most `most` different texts to mine from: those of `rows`, then `documents`; none that validation or test asks for."""
+    """Different texts to mine from: those of `rows`, and `most` of the other `documents`; none that validation or test asks for."""
     asked = {normalise(r.positive) for split in held_out.values() for r in split}
     own = {normalise(t): t for r in rows for t in (r.positive, *r.negatives)}
     other = {normalise(d.text): d.text for d in documents}
-    keys = shuffled(own, seed) + shuffled((k for k in other if k not in own), seed)
-    return [own.get(k) or other[k] for k in keys if k not in asked][:most]
+    return ([t for key, t in own.items() if key not in asked]
+            + shuffled((t for key, t in other.items() if key not in own and key not in asked), seed)[:most])
 
 
 def mine_negatives(rows, texts, model, count) -> tuple[list, dict]:

@@ -7,7 +7,7 @@ trained for: what did it forget?
 
 Example:
   python tests/levers.py --data medquad/ --size 3000 --rows 800 2000 --other data/
-  python tests/levers.py --data data/ --size 800 --other medquad/ --recipes default mined
+  python tests/levers.py --data data/ --size 800 --other medquad/ --recipes default "own negatives"
 """
 import argparse
 import json
@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The walk that set the mark: small steps, small batches, many epochs, all 256 tokens, dropout as the base model has it.
-WALK = ["--epochs", "5", "--bsz", "8", "--lr", "2e-5", "--train_length", "256", "--evals", "1"]
+# The walk that set the mark: the data's negatives, small steps, small batches, many epochs, all 256 tokens, dropout as
+# the base model has it.
+WALK = ["--mine_negatives", "0", "--epochs", "5", "--bsz", "8", "--lr", "2e-5", "--train_length", "256", "--evals", "1"]
 RECIPES = {
     "original walk": [*WALK, "--dropout", "0.1"],
     "original walk, no dropout": WALK,
@@ -26,8 +27,9 @@ RECIPES = {
     "one epoch": ["--epochs", "1", "--evals", "4"],
     "dropout": ["--dropout", "0.1"],
     "256 tokens": ["--train_length", "256"],
-    "mined": ["--mine_negatives", "1"],
-    "mined 3": ["--mine_negatives", "3"],
+    "own negatives": ["--mine_negatives", "0"],
+    "mined 1": ["--mine_negatives", "1"],
+    "mined from 2500": ["--mine_from", "2500"],
     "gist": ["--loss", "gist"],
     "batch 256, cached": ["--loss", "cached", "--bsz", "256", "--lr", "3e-4"],
     "matryoshka": ["--matryoshka", "384", "256", "128", "64"],
@@ -83,7 +85,7 @@ def table(out, data, rows, searched) -> list[str]:
             if measured := levels(path.parent, home):
                 found.setdefault(recipe, {})[path.parent.name.rsplit("-", 1)[1]] = path.parent, measured
     walk = found.get("original walk, no dropout", {}) | found.get("original walk", {})
-    head = ["recipe", "seeds", *METRICS, "nDCG@10 above the walk's, by seed", "fully tuned nDCG@10", "training s",
+    head = ["recipe", "seeds", *METRICS, "nDCG@10 above the walk's, by seed", "fully tuned nDCG@10", "mining and training s",
             *(f"nDCG@10 on {o.name}: {which}" for o, _ in others for which in ("final", "fully tuned"))]
     lines = [f"{data.name}, {rows} training rows, {home[1]} documents", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     if found:  # any run has the base model's values
@@ -95,7 +97,7 @@ def table(out, data, rows, searched) -> list[str]:
         folders, here = zip(*seeds.values())
         away = [[levels(f, o) for f in folders] for o in others]
         above = [f"{seeds[s][1]['final']['nDCG@10'] - walk[s][1]['final']['nDCG@10']:+.3f}" for s in seeds if s in walk and recipe[:8] != "original"]
-        seconds = [json.loads((f / "run.json").read_text(encoding="utf-8"))["seconds"]["train"] for f in folders]
+        seconds = [sum(json.loads((f / "run.json").read_text(encoding="utf-8"))["seconds"].get(k, 0) for k in ("mine", "train")) for f in folders]
         lines.append("| " + " | ".join([
             recipe, str(len(seeds)), *(cell([x["final"][m] for x in here]) for m in METRICS), ", ".join(above),
             cell([x["fully tuned"]["nDCG@10"] for x in here]), cell(seconds, 0),
