@@ -9,7 +9,8 @@ collapsed or got worse is not kept, and the run fails.
 
 Reads:  the train, validation and test splits of --data, its documents file, --extra
 Writes: runs/finetuned/final (the model), fully_tuned (the unmixed end, where final is a mix),
-        audit.csv, run.json, training_log.jsonl, training_curve.png
+        audit.csv, trained_on.jsonl (the rows, with mined negatives), run.json, training_log.jsonl,
+        training_curve.png
 Next:   python 2_eval_retrieval.py
 
 Example:
@@ -382,6 +383,7 @@ def finish(args, timer, plan, best, log) -> None:
             raise
         swap_in(out, ("final", "fully_tuned"))
     step = int(best.name.rsplit("-", 1)[1])
+    audit.write_trained_on(out, plan["columns"])
     with replacing(out / "training_log.jsonl") as f:
         f.writelines(json.dumps(entry) + "\n" for entry in log)
     draw_curves(out / "training_curve.png", log, before, mixes)

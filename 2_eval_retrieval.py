@@ -4,11 +4,11 @@ Both models search the same corpus for the same queries, in the same precision a
 length limit, by exact cosine search in FAISS; bm25 and its fusion with the fine-tuned model (rrf)
 stand beside them. Equal texts are one document; equal scores are ordered by document id, in a corpus
 from stage 0 a hash of the text, which favours no system. The verdict rests on nDCG@10 alone, chosen
-in advance; the other comparisons are corrected for their number. Queries and gold documents that training has seen are
-looked for, and everything is computed again without them.
+in advance; the other comparisons are corrected for their number. Queries, gold documents and others
+that training has seen, mined negatives included, are looked for, and everything is computed again without them.
 
-Reads:  runs/corpus.jsonl, the splits of --data (or --queries and --qrels), runs/finetuned/final and
-        its run.json; for openai:NAME the environment or .env (OPENAI_API_KEY, OPENAI_BASE_URL; or
+Reads:  runs/corpus.jsonl, the splits of --data (or --queries and --qrels), runs/finetuned/final, its
+        run.json and trained_on.jsonl; for openai:NAME the environment or .env (OPENAI_API_KEY, OPENAI_BASE_URL; or
         AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY, OPENAI_API_VERSION)
 Writes: runs/eval/: metrics.json, per_query.csv, table.md, run.SYSTEM.trec, qrels.trec, queries.jsonl
         and qrels.tsv (with the corpus: a BEIR data set), hit_at_k.png, ranks.png, similarity.png,

@@ -3,17 +3,20 @@
 Rows are audited for contradictions, repeats, texts of the other splits, likely false negatives, and
 texts that do not fit. What harms is left out and counted, the rest is reported.
 """
+import json
 import math
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, file_sha256, normalise, note, print_table, write_csv
-from reading import DATA, read_triplets
+from common import UserError, file_sha256, normalise, note, print_table, replacing, write_csv
+from reading import DATA, Triplet, read_rows, read_triplets, text_field
 from retrieval import encode
 from systems import count_tokens, words
 
 HEADER = ("row", "problem", "left_out", "query", "text", "cosine_positive", "cosine_negative", "detail")
 
+TRAINED_ON = "trained_on.jsonl"
 SHOWN = 300  # characters of a text in the CSV; the row says where the whole one is
 NEGATIVE_IS_POSITIVE = "negative is a positive of the same query"
 REPEATED_ROW = "same as an earlier row"
@@ -188,15 +191,27 @@ def leakage(queries, golds, corpus, splits) -> dict:
 
 
 def training_rows(args, found, record) -> dict | None:
-    """The splits to audit, from read_evaluation() or --data; None, with a note, if there are no training rows.
+    """The splits to audit: what the fine-tuned model was trained on, mined negatives included, and the validation rows of --data.
 
-    `record` is the fine-tuned model's run record: a note says if it names another training file.
+    Without the file that stage 1 wrote of it, the training rows of --data stand for it, and a note says if
+    `record`, the model's run record, names another file; None, with a note, if there are none either.
     """
     if "splits" not in found and (args.data != str(DATA) or DATA.exists()):
         found["splits"], found["files"] = read_triplets(args)
     splits, files = found.get("splits", {}), found.get("files", ())
+    path = Path(args.finetuned).parent / TRAINED_ON
+    if path.exists():
+        return splits | {"train": [Triplet(*(text_field(row, field, where) for field in ("query", "positive")), tuple(row.get("negative") or ()), where)
+                                   for where, row in read_rows(path)]}
     if "train" not in splits:
         return note("no training rows in --data: what training has seen is not looked for")
     if files and record.get("inputs") and file_sha256(files[0]) not in record["inputs"].values():
         note(f"{args.finetuned} was trained on other rows than {files[0]} now holds: what training has seen is looked for in the latter")
     return splits
+
+
+def write_trained_on(folder, columns) -> None:
+    """Write the rows as they were trained on, in the format of the data; `columns`: query, positive, negatives, a list each."""
+    with replacing(folder / TRAINED_ON) as f:
+        for query, positive, *negatives in zip(*columns.values()):
+            f.write(json.dumps({"query": query, "positive": positive, "negative": list(dict.fromkeys(negatives))}, ensure_ascii=False) + "\n")

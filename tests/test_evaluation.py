@@ -3,6 +3,7 @@ import contextlib
 import csv
 import json
 import random
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import DOCUMENTS, ROWS, run_cli, stage, write_jsonl
 import systems
 from audit import near_copies
 from common import UserError, text_id
-from reading import hit1_ceiling, merge_equal
+from reading import hit1_ceiling, merge_equal, read_triplets
 from retrieval import read_evaluation
 from systems import Searcher, metrics_of, parse_system, parse_systems, words
 
@@ -402,6 +403,9 @@ def test_what_training_has_seen_is_found_and_the_clean_part_is_computed_without_
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(texts)])
     args = flags(data, walk)
     args[1], args[-1] = str(tmp_path / "data"), str(tmp_path / "corpus.jsonl")
+    shutil.copytree(walk / "finetuned", tmp_path / "finetuned")
+    args[args.index("--finetuned") + 1] = str(tmp_path / "finetuned" / "final")
+    (tmp_path / "finetuned" / "trained_on.jsonl").unlink()  # as of a model from elsewhere: the data's rows stand for it
     stage(2).main(args + ["--out", str(tmp_path / "out")])
     printed, found = capsys.readouterr(), metrics_in(tmp_path / "out")
     assert found["training_has_seen"] == {"queries": {"near": 1}, "gold": {"equal": 1, "near": 1},
@@ -423,6 +427,23 @@ def test_what_training_has_seen_is_found_and_the_clean_part_is_computed_without_
         assert system != "finetuned" or after > before + 1e-6  # else this would show nothing
 
 
+def test_what_training_has_seen_is_what_it_was_trained_on_mined_negatives_too(data, walk, tmp_path, capsys):
+    trained = read_jsonl(walk / "finetuned" / "trained_on.jsonl")
+    rows = read_jsonl(data / "train.jsonl")
+    assert [(r["query"], r["positive"]) for r in trained] == [(r["query"], r["positive"]) for r in rows]
+    mined = {n for r in trained for n in r["negative"]} & set(DOCUMENTS)
+    assert mined and all(1 <= len(r["negative"]) == len(set(r["negative"])) <= 3 for r in trained)
+    texts = [r["positive"] for r in read_jsonl(data / "test.jsonl")] + DOCUMENTS
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(texts)])
+    stage(2).main(flags(data, walk)[:-1] + [str(tmp_path / "corpus.jsonl"), "--out", str(tmp_path)])
+    found = metrics_in(tmp_path)["training_has_seen"]
+    assert found["distractors"] == {"negative": len(mined), "positive": 0} and found["clean"]["documents"] == len(texts) - len(mined)
+    assert "trained on other rows" not in capsys.readouterr().err
+    # the file is triplets in the format of the data: what was mined can be trained on again
+    splits, _ = read_triplets(stage(1).parse_args(["--data", str(walk / "finetuned" / "trained_on.jsonl")]))
+    assert {n for split in splits.values() for r in split for n in r.negatives} >= mined
+
+
 def runs_like(qrels):
     out = {}
     for line in qrels.read_text().splitlines():
@@ -431,7 +452,8 @@ def runs_like(qrels):
 
 
 def test_where_training_has_seen_nothing_there_is_no_clean_table(data, walk, tmp_path, capsys):
-    texts = [r["positive"] for r in read_jsonl(data / "test.jsonl")] + DOCUMENTS
+    trained = {n for r in read_jsonl(walk / "finetuned" / "trained_on.jsonl") for n in r["negative"]}
+    texts = [r["positive"] for r in read_jsonl(data / "test.jsonl")] + [t for t in DOCUMENTS if t not in trained]
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(texts)])
     stage(2).main(flags(data, walk)[:-1] + [str(tmp_path / "corpus.jsonl"), "--also", "--out", str(tmp_path)])
     out = capsys.readouterr().out
