@@ -28,12 +28,11 @@ from pathlib import Path
 import audit
 from common import (FINETUNED, Timer, UserError, add_run_flags, normalise, note, number, parser, print_table, replacing,
                     run_record, run_script, shuffled, text_id, write_json)
-from mining import mine_negatives, mining_pool
 from reading import add_data_flags, add_document_flags, all_documents, need_split, read_triplets
 from retrieval import (DEFAULT_MODEL, KINDS, add_model_flags, encode, find_model, fingerprint, load_model, pick_device,
                        pick_precision, prompt_of)
-from training import (LEARNING_RATES, METRICS, check_model, join_processes, learning_rate, load_trained, on_lead, processes, prompts_asked,
-                      start_checkpoints, train, train_columns)
+from training import (LEARNING_RATES, METRICS, check_model, join_processes, learning_rate, load_trained, mine_negatives, mining_pool,
+                      on_lead, processes, prompts_asked, start_checkpoints, train, train_columns)
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from the base model to the fully tuned one, tried beside the whole way
 TIE = 0.002                 # nDCG@10 that says nothing: of mixes so close to the best, the one nearest to the base forgets least

@@ -262,11 +262,11 @@ def encode(model, texts, kind: str, batch_size=32):
     folder, step = CACHE / (elsewhere or fingerprint(model, kind)), 256 if elsewhere else 4096
     keys = [hashlib.sha256(t.encode("utf-8")).hexdigest()[:32] for t in texts]
     known = _read_shards(folder, model.get_embedding_dimension())
-    todo = {k: t for k, t in zip(keys, texts) if k not in known}
+    missing = {k: t for k, t in zip(keys, texts) if k not in known}
     embed = model.encode_query if kind == "query" else model.encode_document
-    for start in range(0, len(todo), step):  # a long run that is stopped keeps what it has
-        part = list(todo)[start:start + step]
-        vectors = embed([todo[k] for k in part], batch_size=batch_size, convert_to_numpy=True,
+    for start in range(0, len(missing), step):  # a long run that is stopped keeps what it has
+        part = list(missing)[start:start + step]
+        vectors = embed([missing[k] for k in part], batch_size=batch_size, convert_to_numpy=True,
                         show_progress_bar=len(part) > 8 * batch_size).astype(np.float32)
         vectors = unit_length(vectors)  # not in the model: in bf16 it would normalise to lengths 0.4% off
         if not np.isfinite(vectors).all():

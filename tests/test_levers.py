@@ -359,6 +359,16 @@ def test_two_processes_train_the_model_of_one(data, tiny_model, tmp_path, lever)
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(p.name for p in (tmp_path / "two").iterdir())
 
 
+def test_two_processes_mine_once_and_what_one_would_mine(data, tiny_model, tmp_path):
+    flags = ("--data", data, "--base_model", tiny_model, "--epochs", "3", "--bsz", "4", "--lr", "1e-3", "--precision", "fp32", "--offline")
+    done = torchrun(*flags, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mined: ") == 1
+    s1.main([*map(str, flags), "--out", str(tmp_path / "one")])
+    mined, alone = ((tmp_path / n / "trained_on.jsonl").read_text() for n in ("two", "one"))
+    assert mined == alone and any(t in mined for t in DOCUMENTS)
+
+
 def test_an_error_of_one_process_ends_both_with_one_line(data, tiny_model, tmp_path):
     done = torchrun("--data", tmp_path / "nothing.jsonl", "--base_model", tiny_model, "--out", tmp_path / "out")
     assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "does not exist" in done.stderr
