@@ -174,7 +174,12 @@ class Searcher:
                 raise UserError(f"--also {system.label}: its vectors have {documents.shape[1]} dimensions")
             documents, queries = (unit_length(v[:, :system.dim]) for v in (documents, queries))
             rows, cosines = top_k(self.ids, documents, queries, self.k)
-        return Ranking(rows, cosines, lambda i: np.round((documents @ queries[i]).astype(np.float64), 6))
+
+        def all_scores(i):
+            s = np.round((documents @ queries[i]).astype(np.float64), 6)
+            s[rows[i]] = cosines[i]  # FAISS may round the sixth decimal the other way, and what builds on a ranking must not see another one
+            return s
+        return Ranking(rows, cosines, all_scores)
 
     def _model(self, name):
         tuned = self.names["finetuned"]
