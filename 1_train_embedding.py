@@ -79,7 +79,7 @@ def parse_args(argv=None):
                    help="documents to validate on; more if the validation rows themselves hold more")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted run")
     g.add_argument("--out", default=str(FINETUNED), help="folder to write")
-    g = add_run_flags(p, "orders the rows and chooses validation distractors")
+    g = add_run_flags(p, "orders the rows, draws the documents to mine from and to validate on, and all that training draws")
     add_model_flags(g)
     args = p.parse_args(argv)
     if args.bsz % processes():
@@ -170,7 +170,7 @@ def refuse(drift, before, after) -> None:
         raise UserError(f"the embeddings collapsed: two different documents have a mean cosine of {drift['spread'][1]:.3f}, "
                         f"{drift['spread'][0]:.3f} before (lower --lr){kept}")
     if after["nDCG@10"] < before["nDCG@10"]:
-        raise UserError(f"validation got worse: nDCG@10 {before['nDCG@10']:.3f} -> {after['nDCG@10']:.3f} "
+        raise UserError(f"validation got worse: nDCG@10 {before['nDCG@10']:.4f} -> {after['nDCG@10']:.4f} "
                         f"(lower --lr, more rows, or look at audit.csv){kept}")
 
 
@@ -255,9 +255,11 @@ def prepare(args, timer) -> dict | None:
     if args.mine_negatives:
         with timer("mine"):
             pool = mining_pool(kept, documents, held_out, args.mine_from, args.seed)
-            kept, found["mined"] = mine_negatives(kept, pool, base, args.mine_negatives)
+            kept, found["mined"] = mine_negatives(kept, rows, pool, base, args.mine_negatives)
             print("mined: {share:.1%} of rows, {a_row:.1f} negatives each, from {documents} documents; their cosines, quartiles: "
                   "{score_quantiles}".format(**found["mined"]), flush=True)
+            if found["mined"]["merged"]:
+                print("{merged} rows of the same query and positive became equal and are trained on once".format(**found["mined"]), flush=True)
     columns = train_columns(kept, args.seed)
     queries, corpus, qrels = validation_set(held_out["validation"], documents, kept, held_out["test"], args.val_size, args.seed)
     if len(queries) < FEW:
@@ -295,7 +297,8 @@ def choose_mix(evaluator, base, start, tuned, before, texts) -> list[dict]:
         mixes.append({"share": share, "kept": False} | score(evaluator, base, encode(base, texts, "document")))
         print(f"  {share:.0%} tuned  " + "  ".join(f"{name} {mixes[-1][name]:.3f}" for name in METRICS), flush=True)
     best = max(m["nDCG@10"] for m in mixes[1:])
-    next(m for m in mixes[1:] if m["nDCG@10"] >= best - TIE)["kept"] = True
+    least = max(best - TIE, min(best, before["nDCG@10"]))  # a tie with the best must not be worse than the base model
+    next(m for m in mixes[1:] if m["nDCG@10"] >= least)["kept"] = True
     return mixes
 
 

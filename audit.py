@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from common import UserError, file_sha256, normalise, note, print_table, replacing, write_csv
 from reading import DATA, Triplet, read_rows, read_triplets, text_field
-from retrieval import encode
+from retrieval import encode, length_limit
 from systems import count_tokens, words
 
 HEADER = ("row", "problem", "left_out", "query", "text", "cosine_positive", "cosine_negative", "detail")
@@ -87,7 +87,7 @@ def find_offences(rows, others, model) -> tuple[list[Offence], dict]:
             mine = (("query", r.query),) if part.startswith("query") else (("positive", r.positive), *(("negative", n) for n in r.negatives))
             found += [Offence(r.where, f"{kind} is the {part}", r.query, t) for kind, t in mine if normalise(t) in seen]
     lengths = [[tokens[t] for t in (r.query, r.positive, *r.negatives)] for r in rows]
-    return found, {"tokens": lengths, "room": room, "limit": model.max_seq_length}
+    return found, {"tokens": lengths, "room": room, "limit": length_limit(model) or math.inf}
 
 
 def harm(problem) -> str:

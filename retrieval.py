@@ -183,12 +183,17 @@ def load_model(name, device, precision, offline, max_seq_length=None, prompts=No
     transformers.utils.logging.disable_progress_bar()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     try:
-        model = SentenceTransformer(where, device=device, trust_remote_code=False,
-                                    local_files_only=Path(where).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1",
-                                    model_kwargs={"dtype": dtype, "use_safetensors": True})
+        # seeded: weights that the files lack, as the pooler of a masked language model, are drawn, and must be the same each time
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = SentenceTransformer(where, device=device, trust_remote_code=False,
+                                        local_files_only=Path(where).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1",
+                                        model_kwargs={"dtype": dtype, "use_safetensors": True})
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as e:
         raise UserError(f"cannot load model {name}: {first_line(e)} (give a folder that holds a model)")
-    if max_seq_length and length_limit(model):
+    if max_seq_length and math.isfinite(model.max_seq_length or math.inf):  # a static model has no limit to set
+        if max_seq_length > (most := positions(model)):
+            raise UserError(f"--max_seq_length {max_seq_length}: {name} has positions for {most} tokens")
         model.max_seq_length = max_seq_length
     if not any(prompt_of(model, kind) for kind in KINDS):
         model.prompts.update(family_prompts(name))
@@ -197,8 +202,15 @@ def load_model(name, device, precision, offline, max_seq_length=None, prompts=No
 
 
 def length_limit(model) -> int | None:
-    """How many tokens the model reads; None if all, as a static model does."""
-    return model.max_seq_length if model.max_seq_length and math.isfinite(model.max_seq_length) else None
+    """How many tokens the model reads; None if all, as a static model does, and tokenizers that say 10^30."""
+    return model.max_seq_length if model.max_seq_length and model.max_seq_length < 1e9 else None
+
+
+def positions(model) -> float:
+    """How many tokens the model has learnt positions for; infinite if it computes them."""
+    import torch
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings") and isinstance(m, torch.nn.Embedding)]
+    return min((m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1) for m in tables), default=math.inf)
 
 
 def run_record_of(finetuned) -> dict:

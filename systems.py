@@ -215,15 +215,24 @@ class Searcher:
 
 
 def count_tokens(model, texts):
-    """Tokens of each text by the model's own tokenizer, uncut, and how many of them the model reads."""
+    """Tokens of each text by the model's own tokenizer, uncut, and how many of them the model reads (infinite if all)."""
     import numpy as np
     from tokenizers import Tokenizer
     backend = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
-    own = Tokenizer.from_str(backend.to_str())  # a copy: the model's keeps its limit
-    own.no_truncation()
-    own.no_padding()
-    room = model.max_seq_length - own.num_special_tokens_to_add(False) - len(own.encode(prompt_of(model, "document"), add_special_tokens=False))
-    return np.array([len(e.ids) for e in own.encode_batch(texts, add_special_tokens=False)]), room
+    if hasattr(backend, "to_str"):
+        own = Tokenizer.from_str(backend.to_str())  # a copy: the model's keeps its limit
+        own.no_truncation()
+        own.no_padding()
+        added = own.num_special_tokens_to_add(False)
+
+        def lengths(texts):
+            return [len(e.ids) for e in own.encode_batch(texts, add_special_tokens=False)]
+    else:  # one that is written in Python
+        added = model.tokenizer.num_special_tokens_to_add()
+
+        def lengths(texts):
+            return [len(ids) for ids in model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    return np.array(lengths(texts)), (length_limit(model) or np.inf) - added - lengths([prompt_of(model, "document")])[0]
 
 
 # ---------------------------------------------------------------- figures of a query

@@ -10,18 +10,18 @@ import math
 import os
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from common import UserError, normalise, note, shuffled, write_json
-from retrieval import encode, load_model, pick_device
+from retrieval import encode, length_limit, load_model, pick_device
 
 METRICS = {"Hit@1": "accuracy@1", "Hit@10": "accuracy@10", "MRR@10": "mrr@10", "nDCG@10": "ndcg@10"}
 SELECT = "ndcg@10"
 ADAPTER = "lora.safetensors"
 LEARNING_RATES = {"all weights": 1e-4, "LoRA": 1e-3, "a static model": 0.05}
 MARGIN = 0.05    # mined negatives stay this share below their positive's score (Moreira et al., arXiv 2407.15831)
-MINI_BATCH = 32  # texts that the cached loss holds activations of at once
+MINI_BATCH = 32  # texts that the cached and the gist loss hold activations of at once
 
 
 # ---------------------------------------------------------------- several processes
@@ -92,20 +92,22 @@ class CachedModel:
 
 
 def mining_pool(rows, documents, held_out, most, seed) -> list[str]:
-    """Different texts to mine from: those of `rows`, and `most` of the other `documents`; none that validation or test asks for."""
-    asked = {normalise(r.positive) for split in held_out.values() for r in split}
+    """Different texts to mine from: those of `rows`, and `most` of the other `documents`; none that only validation or test asks for."""
+    asked = {normalise(r.positive) for split in held_out.values() for r in split} - {normalise(r.positive) for r in rows}
     own = {normalise(t): t for r in rows for t in (r.positive, *r.negatives)}
     other = {normalise(d.text): d.text for d in documents}
     return ([t for key, t in own.items() if key not in asked]
             + shuffled((t for key, t in other.items() if key not in own and key not in asked), seed)[:most])
 
 
-def mine_negatives(rows, texts, model, count) -> tuple[list, dict]:
-    """Rows with up to `count` hard negatives from `texts` instead of their own; a row without any keeps its own.
+def mine_negatives(rows, audited, texts, model, count) -> tuple[list, dict]:
+    """Rows with up to `count` hard negatives from `texts` instead of their own; a row without any keeps the first of its own.
 
     The library's miner takes the documents that the model ranks highest for the query, none of the
-    query's positives, and none that scores above its lowest positive less MARGIN. Texts are compared
-    normalised. Returns the rows, and what was found: share of rows, negatives a row, score quantiles.
+    query's positives in any of the `audited` rows (which hold `rows`, and what the audit left out), and none
+    that scores above its lowest positive less MARGIN. Texts are compared normalised. Rows that are equal
+    after this, as several triplets of one pair are, become one. Returns the rows, and what was found:
+    share of rows with mined negatives, how many a row, quantiles of their scores, and how many rows were merged.
     """
     import datasets
     import numpy as np
@@ -113,86 +115,124 @@ def mine_negatives(rows, texts, model, count) -> tuple[list, dict]:
     one = {}
     for text in [t for r in rows for t in (r.query, r.positive)] + texts:
         one.setdefault(normalise(text), text)
+    known = positives_of(audited)
     pairs = datasets.Dataset.from_dict({"query": [one[normalise(r.query)] for r in rows], "positive": [one[normalise(r.positive)] for r in rows]})
-    mined = mine_hard_negatives(pairs, CachedModel(model), anchor_column_name="query", positive_column_name="positive",
-                                corpus=list(dict.fromkeys(one[normalise(t)] for t in texts)), num_negatives=count, relative_margin=MARGIN,
-                                output_format="triplet", output_scores=True, verbose=False)
-    negatives = {}
-    for query, negative in zip(mined["query"], mined["negative"]):
-        negatives.setdefault(query, {})[negative] = None
-    out = [r._replace(negatives=tuple(negatives.get(one[normalise(r.query)], r.negatives))) for r in rows]
-    scores = np.array([s[1] for s in mined["scores"]] or [0.0])
-    got = sum(one[normalise(r.query)] in negatives for r in rows)
-    return out, {"documents": len(texts), "rows": got, "share": got / len(rows), "a_row": len(mined) / max(1, got),
-                 "score_quantiles": [round(float(q), 4) for q in np.quantile(scores, (0, 0.25, 0.5, 0.75, 1))]}
+    mined = mine_hard_negatives(
+        pairs, CachedModel(model), anchor_column_name="query", positive_column_name="positive",
+        corpus=list(dict.fromkeys(one[normalise(t)] for t in texts)), relative_margin=MARGIN, output_format="triplet", output_scores=True,
+        num_negatives=count, verbose=False, faiss_batch_size=1024)  # queries that are scored against all texts at once
+    found = {}  # {query: {negative: score}}, hardest first
+    for query, negative, (_, score) in zip(mined["query"], mined["negative"], mined["scores"]):
+        if normalise(negative) not in known[normalise(query)]:
+            found.setdefault(normalise(query), {}).setdefault(negative, score)
+    out, scores, got = {}, [], 0
+    for r in rows:
+        new = found.get(normalise(r.query), {})
+        row = r._replace(negatives=tuple(new) or r.negatives[:count])
+        out.setdefault((normalise(r.query), normalise(r.positive), row.negatives), row)
+        scores += new.values()
+        got += bool(new)
+    return list(out.values()), {
+        "documents": len(texts), "rows": got, "share": got / len(rows), "a_row": len(scores) / max(1, got), "merged": len(rows) - len(out),
+        "score_quantiles": [round(float(q), 4) for q in np.quantile(scores or [0.0], (0, 0.25, 0.5, 0.75, 1))]}
 
 
 # ---------------------------------------------------------------- batches
+
+def positives_of(rows) -> dict[str, set[str]]:
+    """{query: all positives of it}, normalised."""
+    found = defaultdict(set)
+    for r in rows:
+        found[normalise(r.query)].add(normalise(r.positive))
+    return found
+
 
 def train_columns(rows, seed) -> dict[str, list[str]]:
     """Rows as columns query, positive, negative, negative_2 …: as many as the richest row has.
 
     The loss wants every row to have the same number, so a shorter row repeats its own negatives; a
-    row without any borrows another row's positive, which the batch would hold against it anyway.
+    row without any borrows positives of other queries, as the batch does.
     """
     if len({normalise(r.positive) for r in rows}) < 2:
         raise UserError(f"{rows[0].where}: training needs at least two rows with different positives, got {len(rows)}")
     most = max(len(r.negatives) for r in rows)
     bare = sum(not r.negatives for r in rows) if most else 0
     if bare:
-        note(f"{bare} of {len(rows)} training rows have no negative: each borrows another row's positive")
-    borrowed = shuffled([r.positive for r in rows], seed)
+        note(f"{bare} of {len(rows)} training rows have no negative: each borrows other rows' positives")
+    positives, ring = positives_of(rows), shuffled([r.positive for r in rows], seed)
     columns = {"query": [r.query for r in rows], "positive": [r.positive for r in rows]}
+    negatives = [r.negatives or tuple(_borrow(ring, i, positives[normalise(r.query)], most)) for i, r in enumerate(rows)] if most else []
+    if not all(negatives):
+        raise UserError(f"{rows[negatives.index(())].where}: no other query has a positive that could be this row's negative (add rows of other queries)")
     for n in range(most):
-        columns["negative" if n == 0 else f"negative_{n + 1}"] = [
-            r.negatives[n % len(r.negatives)] if r.negatives
-            else next(p for p in borrowed[i:] + borrowed if normalise(p) != normalise(r.positive))
-            for i, r in enumerate(rows)]
+        columns["negative" if n == 0 else f"negative_{n + 1}"] = [own[n % len(own)] for own in negatives]
     return columns
 
 
+def _borrow(ring, start, own, count) -> list[str]:
+    """The first `count` different texts of `ring` from `start` on, none of them in `own` (normalised)."""
+    found = {}
+    for n in range(len(ring)):
+        text = ring[(start + n) % len(ring)]
+        if normalise(text) not in own:
+            found[text] = None
+        if len(found) == count:
+            break
+    return list(found)
+
+
 def deal_rows(rows, order, size, share=1) -> list[list[int]]:
-    """Deal row numbers into batches of at most `size`, evenly, so that no row's query or positive
-    stands anywhere else in its batch (there it would count as a negative of the row).
+    """Deal row numbers into batches of at most `size`, evenly, so that no row meets what it must not be pushed from.
 
-    `rows`: a list a row of query, positive, negatives. Rows of the most common positives are
-    dealt first, while every batch is open to them; rows that fit nowhere go into later batches. A negative
-    may repeat: that costs nothing, and a text that many rows share as their negative would otherwise
-    force a batch for each.
+    That is its query, and every positive that its query has in any row. Rows of the most common positives
+    are dealt first, while every batch is open to them. Its own positive should not stand in another row either;
+    but where one is so common that there are not batches enough, rows of it share a batch: the loss counts it
+    k times in the sum below, exp(s) / (k exp(s) + rest), which weighs its negatives less, but still pulls query and
+    positive together. What fits nowhere goes into later batches. A negative may repeat: that costs nothing,
+    and a text that many rows share as their negative would otherwise force a batch for each.
 
-    Batch lengths are multiples of `share`, the number of processes: a batch that is short takes rows
-    of others a second time, or if none fits is left out.
+    `rows`: a list a row of query, positive, negatives. Batch lengths are multiples of `share`, the number
+    of processes: a batch that is short takes rows of others a second time, or if none fits is left out.
     """
     count = Counter(text for row in rows for text in row[:2])
+    positives = defaultdict(set)
+    for query, positive, *_ in rows:
+        positives[query].add(positive)
+    barred = [{row[0], *positives[row[0]]} - {row[1]} for row in rows]
+
+    def fits(i, batch, strict=True):
+        _, others, own, texts = batch
+        return (others.isdisjoint(rows[i]) and texts.isdisjoint(barred[i])
+                and not (strict and (rows[i][1] in texts or not own.keys().isdisjoint(rows[i]))))
+
+    def put(i, batch):
+        members, others, own, texts = batch
+        members.append(i)
+        others.update(barred[i])
+        own[rows[i][1]] += 1
+        texts.update(rows[i])
+
     batches, left = [], list(order)
     while left:
         window, left = left[:64 * size], left[64 * size:]  # bounds the search on large data
         window.sort(key=lambda i: -max(count[text] for text in rows[i][:2]))
-        opened = [([], set(), set()) for _ in range(math.ceil(len(window) / size))]
-        rest = []
-        for i in window:
-            fitting = [b for b in opened if len(b[0]) < size and _fits(rows[i], b)]
-            if not fitting:
-                rest.append(i)
-                continue
-            _put(i, rows[i], min(fitting, key=lambda b: len(b[0])))
+        opened = [([], set(), Counter(), set()) for _ in range(math.ceil(len(window) / size))]
+        for strict in (True, False):
+            rest = []
+            for i in window:
+                fitting = [b for b in opened if len(b[0]) < size and fits(i, b, strict)]
+                if fitting:
+                    put(i, min(fitting, key=lambda b: (b[2][rows[i][1]], len(b[0]))))
+                else:
+                    rest.append(i)
+            window = rest
         for batch in opened:
             for i in order if len(batch[0]) % share else ():
-                if len(batch[0]) % share and i not in batch[0] and _fits(rows[i], batch):
-                    _put(i, rows[i], batch)
+                if len(batch[0]) % share and i not in batch[0] and fits(i, batch, strict=False):
+                    put(i, batch)
         batches += [b[0] for b in opened if b[0] and len(b[0]) % share == 0]
         left = rest + left
     return batches
-
-
-def _fits(row, batch) -> bool:
-    return batch[1].isdisjoint(row) and batch[2].isdisjoint(row[:2])
-
-
-def _put(i, row, batch) -> None:
-    batch[0].append(i)
-    batch[1].update(row[:2])
-    batch[2].update(row)
 
 
 def make_sampler(epochs):
@@ -250,8 +290,9 @@ def make_loss(model, args, device):
     gather = {"gather_across_devices": processes() > 1}
     if args.loss == "gist":
         guide = load_model(args.base_model, device, "fp32", args.offline, args.max_seq_length, prompts_asked(args))
-        loss = losses.GISTEmbedLoss(model, guide.requires_grad_(False), temperature=0.05, contrast_anchors=False,
-                                    contrast_positives=False, **gather)
+        # the cached one, because the plain one takes a single negative a row
+        loss = losses.CachedGISTEmbedLoss(model, guide.requires_grad_(False), temperature=0.05, mini_batch_size=MINI_BATCH,
+                                          contrast_anchors=False, contrast_positives=False, **gather)
     elif args.loss == "cached":
         loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=MINI_BATCH, **gather)
     else:
@@ -393,7 +434,7 @@ def make_trainer(model, columns, evaluator, args, precision, folder):
     trainer = trainer_class(args.lora_rank)(
         model=model, args=settings, train_dataset=rows, loss=make_loss(model, args, model.device), evaluator=evaluator,
         callbacks=[report, EarlyStoppingCallback(math.ceil(args.patience * steps / every))])
-    trainer.data_collator.max_length = args.train_length
+    trainer.data_collator.max_length = min(args.train_length, length_limit(model) or args.train_length)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar)
     return trainer

@@ -127,7 +127,10 @@ def main():
     for rows in args.rows:
         for seed in args.seeds:  # seed by seed, so that what is stopped early compares all recipes
             for recipe in args.recipes:
-                measure(args.out / f"{args.data.name}-{rows}" / folder_name(recipe, seed), args.data, searched, rows, recipe, seed)
+                try:
+                    measure(args.out / f"{args.data.name}-{rows}" / folder_name(recipe, seed), args.data, searched, rows, recipe, seed)
+                except subprocess.CalledProcessError:  # it has said why; stage 1 refuses a model that got worse
+                    print(f"! {recipe}, seed {seed}: no result", flush=True)
                 lines = [line for r in args.rows for line in table(args.out, args.data, r, searched)]
                 (args.out / f"levers-{args.data.name}.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))

@@ -67,6 +67,60 @@ def test_an_encoder_of_this_architecture_is_trained_saved_and_compared(name, eas
     assert metrics["models"]["baseline"] == str(tmp_path / "base") and metrics["queries"] == 6
 
 
+@pytest.mark.parametrize("name", ["Bert", "Roberta"])
+def test_weights_that_the_files_lack_are_the_same_at_every_load(name, easy, tmp_path):
+    """A masked language model has no pooler; one drawn anew at each load would look like training, and defeat cache and --resume."""
+    import torch
+    import transformers
+    import retrieval
+    from common import UserError
+    build("Roberta", tmp_path / "base")
+    config = getattr(transformers, f"{name}Config")(vocab_size=600, **SIZE | IDS)
+    getattr(transformers, f"{name}ForMaskedLM")(config).save_pretrained(tmp_path / "base")
+    drawn = torch.get_rng_state()
+    one, two = (retrieval.fingerprint(retrieval.load_model(str(tmp_path / "base"), "cpu", "fp32", True), "document") for _ in range(2))
+    assert one == two and torch.equal(torch.get_rng_state(), drawn)
+    with pytest.raises(UserError, match="training changed nothing"):
+        stage(1).main(["--data", str(easy), "--base_model", str(tmp_path / "base"), "--lr", "1e-30", "--val_size", "1", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name, most", [("Roberta", 78), ("DistilBert", 80), ("ModernBert", None)])
+def test_a_length_past_the_models_positions_is_an_error(name, most, tmp_path):
+    import retrieval
+    from common import UserError
+    build(name, tmp_path / "base")
+    model = retrieval.load_model(str(tmp_path / "base"), "cpu", "fp32", True, max_seq_length=most or 500)
+    assert model.encode(["saw " * 600]).shape == (1, 32)
+    if most:
+        with pytest.raises(UserError, match=f"has positions for {most} tokens"):
+            retrieval.load_model(str(tmp_path / "base"), "cpu", "fp32", True, max_seq_length=most + 1)
+
+
+def test_a_tokenizer_written_in_python_is_counted_too(tmp_path):
+    import transformers
+    import retrieval
+    import systems
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]), encoding="utf-8")
+    transformers.BertJapaneseTokenizer(str(tmp_path / "vocab.txt"), word_tokenizer_type="basic", subword_tokenizer_type="character",
+                                       model_max_length=64).save_pretrained(tmp_path)
+    transformers.BertModel(transformers.BertConfig(vocab_size=31, **SIZE)).save_pretrained(tmp_path)
+    counts, room = systems.count_tokens(retrieval.load_model(str(tmp_path), "cpu", "fp32", True), ["saw", "a drill " * 30])
+    assert counts.tolist() == [3, 180] and room == 62
+
+
+def test_a_model_without_a_limit_reads_everything_until_one_is_given(tmp_path):
+    import math
+    import transformers
+    import retrieval
+    import systems
+    transformers.PreTrainedTokenizerFast(tokenizer_object=byte_pair_tokenizer(), **SPECIAL).save_pretrained(tmp_path)
+    transformers.T5EncoderModel(transformers.T5Config(vocab_size=600, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    model = retrieval.load_model(str(tmp_path), "cpu", "fp32", True)
+    assert retrieval.length_limit(model) is None and systems.count_tokens(model, ["saw"])[1] == math.inf
+    assert retrieval.length_limit(retrieval.load_model(str(tmp_path), "cpu", "fp32", True, max_seq_length=32)) == 32
+
+
 @pytest.mark.parametrize("flags, error", [(("--loss", "gist"), "--loss mnrl"), (("--loss", "cached"), "--loss mnrl"), (("--lora_rank", "4"), "train it whole")])
 def test_what_a_static_model_cannot_do_is_said(flags, error, easy, tmp_path):
     from common import UserError

@@ -39,7 +39,7 @@ def furthest(a, b):
 def test_mined_negatives_keep_their_distance_from_every_positive(model):
     rows = triplets() + [triplets()[0]._replace(positive="  " + ROWS[5][1], where="f:99")]  # a second positive of query 0
     texts = [t for r in ROWS for t in r[1:]] + DOCUMENTS
-    out, found = s1.mine_negatives(rows, texts, model, 2)
+    out, found = s1.mine_negatives(rows, rows, texts, model, 2)
     q, d = ({t: v for t, v in zip(ts, model.encode(ts, normalize_embeddings=True))} for ts in ([r.query for r in rows], texts))
     mined = [(old, new) for old, new in zip(rows, out) if new.negatives != old.negatives]
     assert mined and 0 < found["share"] == sum(bool(set(n.negatives) - set(o.negatives)) for o, n in zip(rows, out)) / len(rows) <= 1
@@ -52,20 +52,41 @@ def test_mined_negatives_keep_their_distance_from_every_positive(model):
         # and nothing that would have been allowed is harder
         allowed = sorted((float(q[old.query] @ d[t]) for t in texts if normalise(t) not in own and float(q[old.query] @ d[t]) <= lowest * 0.95 - 1e-5), reverse=True)
         assert float(q[old.query] @ d[new.negatives[0]]) == pytest.approx(allowed[0], abs=1e-4)
-    assert found["score_quantiles"] == sorted(found["score_quantiles"])
+    scores = [float(q[old.query] @ d[n]) for old, new in mined for n in new.negatives]
+    assert found["score_quantiles"] == pytest.approx(list(np.quantile(scores, (0, 0.25, 0.5, 0.75, 1))), abs=1e-3)
+    assert found["a_row"] == len(scores) / len(mined) and found["merged"] == 0
 
 
 def test_a_row_for_which_nothing_is_mined_keeps_its_negative(model):
     rows = triplets()[:3]
-    out, found = s1.mine_negatives(rows, [r.positive for r in rows], model, 2)
-    best = [r for r, n in zip(rows, out) if n.negatives == r.negatives]
+    rows = [r._replace(negatives=(*r.negatives, "a second", "a third")) for r in rows]
+    out, found = s1.mine_negatives(rows, rows, [r.positive for r in rows], model, 2)
+    best = [r for r, n in zip(rows, out) if n.negatives == r.negatives[:2]]  # no more than is mined for the others
     assert len(best) == round((1 - found["share"]) * 3) > 0
+
+
+def test_a_positive_of_a_row_that_the_audit_left_out_is_not_mined_for_its_query(model):
+    rows, texts = triplets()[:8], [t for r in ROWS for t in r[1:]] + DOCUMENTS
+    blind, _ = s1.mine_negatives(rows, rows, texts, model, 2)
+    first = {r.query: r.negatives[0] for r in blind if len(r.negatives) == 2}
+    assert first
+    left_out = [r._replace(positive=" " + first[r.query], where="out") for r in rows if r.query in first]
+    out, _ = s1.mine_negatives(rows, rows + left_out, texts, model, 2)
+    assert [r.negatives for r in out] == [r.negatives[1:] if r.query in first else r.negatives for r in blind]
+
+
+def test_several_triplets_of_one_pair_are_one_row_once_they_have_mined_negatives(model):
+    rows = [r._replace(negatives=(n,), where=f"f:{i}{n[:3]}") for i, r in enumerate(triplets()[:8]) for n in DOCUMENTS[:3]]
+    out, found = s1.mine_negatives(rows, rows, [t for r in ROWS for t in r[1:]] + DOCUMENTS, model, 2)
+    unmined = 3 * (8 - found["rows"] // 3)
+    assert found["merged"] == len(rows) - len(out) == 2 * (8 - unmined // 3) > 0 and 1 <= found["a_row"] <= 2
+    assert len({(r.query, r.negatives) for r in out}) == len(out)
 
 
 def test_no_validation_or_test_positive_is_mined(data, tiny_model, tmp_path, monkeypatch):
     seen = []
     mine = s1.mine_negatives
-    monkeypatch.setattr(s1, "mine_negatives", lambda rows, texts, *a: seen.append(texts) or mine(rows, texts, *a))
+    monkeypatch.setattr(s1, "mine_negatives", lambda rows, audited, texts, *a: seen.append(texts) or mine(rows, audited, texts, *a))
     write_jsonl(tmp_path / "extra.jsonl", [{"text": t} for t in (ROWS[20][1], " " + ROWS[14][1], "A new document about saws.")])
     run = train(data, tiny_model, tmp_path / "out", "--mine_negatives", "2", "--extra", tmp_path / "extra.jsonl")
     assert {*DOCUMENTS, "A new document about saws."} <= set(seen[0]) and not {r[1] for r in ROWS[12:]} & set(map(normalise, seen[0]))
@@ -88,7 +109,10 @@ def test_what_is_mined_from_is_bounded_and_has_the_training_texts_first():
     assert set(map(normalise, pool[:-3])) == own and set(pool[-3:]) < {d.text for d in documents} - own
     assert pool == s1.mining_pool(rows, documents, {}, 3, seed=1) != s1.mining_pool(rows, documents, {}, 3, seed=2)
     everything = s1.mining_pool(rows, documents, {"test": [rows[0]]}, 10 ** 6, seed=1)
-    assert sorted(map(normalise, everything)) == sorted((own | {normalise(d.text) for d in documents}) - {normalise(rows[0].positive)})
+    assert sorted(map(normalise, everything)) == sorted(own | {normalise(d.text) for d in documents})  # a training row's positive, too
+    asked = rows[0]._replace(positive=DOCUMENTS[0])
+    assert sorted(map(normalise, s1.mining_pool(rows, documents, {"test": [asked]}, 10 ** 6, seed=1))) == sorted(
+        (own | {normalise(d.text) for d in documents}) - {normalise(DOCUMENTS[0])})
 
 
 # ---------------------------------------------------------------- losses
@@ -107,12 +131,12 @@ def test_the_guided_loss_masks_what_the_base_model_scores_above_the_positive(tin
     with torch.no_grad():
         for p in model.parameters():  # the trainee moves, the guide must not
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    columns = [list(c) for c in zip(*ROWS[:8])]
+    columns = [list(c) for c in zip(*ROWS[:8])] + [[r[2] for r in ROWS[8:16]]]  # two negatives a row, as mining gives
     features = [model.preprocess(c) for c in columns]
-    got = float(loss(features, None))
+    got = float(loss(features, None).detach())
     base = retrieval.load_model(str(tiny_model), "cpu", "fp32", True)
-    (q, p, n), (gq, gp, gn) = ([m.encode(c, normalize_embeddings=True) for c in columns] for m in (model, base))
-    scores, guide = np.hstack([q @ p.T, q @ n.T]), np.hstack([gq @ gp.T, gq @ gn.T])
+    (q, *d), (gq, *g) = ([m.encode(c, normalize_embeddings=True) for c in columns] for m in (model, base))
+    scores, guide = np.hstack([q @ x.T for x in d]), np.hstack([gq @ x.T for x in g])
     own = np.diag(guide[:, :8])[:, None]
     masked = guide > own
     masked[np.arange(8), np.arange(8)] = False
@@ -120,6 +144,14 @@ def test_the_guided_loss_masks_what_the_base_model_scores_above_the_positive(tin
     wanted = np.mean([np.log(np.exp(row - row.max()).sum()) + row.max() - row[i] for i, row in enumerate(logits)])
     assert masked.any() and got == pytest.approx(wanted, abs=1e-3)
     assert not any(p.requires_grad for p in loss.guide.parameters())
+
+
+def test_the_guided_loss_trains_on_mined_negatives_alone_and_with_matryoshka(data, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(s1, "refuse", lambda *a: None)
+    for flags in ((), ("--matryoshka", "16")):
+        run = train(data, tiny_model, tmp_path / str(len(flags)), "--loss", "gist", "--mine_negatives", "2", "--evals", "1", *flags)
+        assert run["mined"]["a_row"] > 1 and run["result"]["drift"]["weights"] > 0
+    assert weights(tmp_path / "0") != weights(tmp_path / "2")
 
 
 def test_matryoshka_trains_the_first_dimensions_too(data, tiny_model, tmp_path, capsys):
@@ -257,8 +289,16 @@ def test_of_mixes_as_good_as_equal_the_one_nearest_to_the_base_model_is_kept(mod
     scores = iter([0.5, 0.6990, 0.7, 0.6])
     monkeypatch.setattr(s1, "score", lambda *a: {name: next(scores) if name == "nDCG@10" else 0.0 for name in s1.METRICS})
     start = s1.state_of(model)
-    mixes = s1.choose_mix(None, model, start, start, {name: 0.9 for name in s1.METRICS}, [])
+    mixes = s1.choose_mix(None, model, start, start, {name: 0.4 for name in s1.METRICS}, [])
     assert [m["share"] for m in mixes if m["kept"]] == [0.5]
+
+
+def test_a_mix_below_the_base_model_is_not_preferred_to_one_above_it(model, monkeypatch):
+    scores = iter([0.8495, 0.8497, 0.85, 0.851])
+    monkeypatch.setattr(s1, "score", lambda *a: {name: next(scores) if name == "nDCG@10" else 0.0 for name in s1.METRICS})
+    start, before = s1.state_of(model), {name: 0.85 for name in s1.METRICS}
+    kept = next(m for m in s1.choose_mix(None, model, start, start, before, []) if m["kept"])
+    assert kept["share"] == 0.75 and s1.refuse({"weights": 0.1, "spread": [0.1, 0.1]}, before, kept) is None
 
 
 def test_the_numbers_of_drift_and_spread():
@@ -271,7 +311,7 @@ def test_the_numbers_of_drift_and_spread():
 
 @pytest.mark.parametrize("drift, after, error", [
     ({"weights": 0.0, "spread": [0.1, 0.1]}, 0.5, "changed nothing"), ({"weights": 0.1, "spread": [0.1, 0.95]}, 0.9, "collapsed"),
-    ({"weights": 0.1, "spread": [0.8, 0.985]}, 0.9, "collapsed"), ({"weights": 0.1, "spread": [0.1, 0.1]}, 0.499, "got worse: nDCG@10 0.500 -> 0.499")])
+    ({"weights": 0.1, "spread": [0.8, 0.985]}, 0.9, "collapsed"), ({"weights": 0.1, "spread": [0.1, 0.1]}, 0.499, "got worse: nDCG@10 0.5000 -> 0.4990")])
 def test_what_is_refused(drift, after, error):
     with pytest.raises(UserError, match=error):
         s1.refuse(drift, {"nDCG@10": 0.5}, {"nDCG@10": after})
@@ -384,7 +424,7 @@ def test_batches_for_several_processes_have_equal_parts_and_leave_no_row_out(row
     texts = [[f"q{i}", f"p{i % 40}", f"n{i % 7}"] for i in range(rows)]
     batches = training.deal_rows(texts, range(rows), bsz, share)
     assert {i for b in batches for i in b} == set(range(rows))
-    assert all(len(b) % share == 0 and len(b) <= bsz and len({texts[i][1] for i in b}) == len(b) for b in batches)
+    assert all(len(b) % share == 0 and len(b) <= bsz and len(set(b)) == len(b) and len({texts[i][0] for i in b}) == len(b) for b in batches)
 
 
 # ---------------------------------------------------------------- the table of levers

@@ -1,9 +1,11 @@
 """Stage 1: what is trained on, what is kept, and what is said about it."""
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import retrieval
 import training
@@ -43,10 +45,20 @@ def test_one_row_or_one_positive_cannot_be_trained_on():
             training.train_columns(rows, 0)
 
 
+def test_a_row_without_negatives_borrows_different_positives_none_of_its_own_query():
+    rows = [Triplet("q1", "a", (), ""), Triplet("q1 ", "b", (), ""), Triplet("q2", "c", (), ""), Triplet("q3", "d", ("n1", "n2"), "")]
+    for seed in range(6):
+        columns = training.train_columns(rows, seed)
+        for i, r in enumerate(rows[:3]):
+            assert {columns["negative"][i], columns["negative_2"][i]} <= {"a", "b", "c", "d"} - ({"c"} if i == 2 else {"a", "b"})
+        assert all(a != b for a, b in zip(columns["negative"], columns["negative_2"]))
+    with pytest.raises(UserError, match="f:7: no other query has a positive"):
+        training.train_columns([Triplet("q", "a", ("n",), ""), Triplet("q", "b", (), "f:7")], 0)
+
+
 @pytest.mark.parametrize("distinct, bsz", [(20, 16), (20, 8), (3, 8), (200, 16)])
-def test_the_sampler_reaches_every_row_in_every_epoch_and_repeats_no_positive_in_a_batch(distinct, bsz):
+def test_the_sampler_reaches_every_row_in_every_epoch_and_repeats_a_positive_only_where_there_are_too_few(distinct, bsz):
     import datasets
-    import torch
     rows = datasets.Dataset.from_dict({"query": [f"q{i}" for i in range(200)], "positive": [f"p{i % distinct}" for i in range(200)],
                                        "negative": [f"p{i * 7 % 5}" if i % 5 else "common" for i in range(200)]})
     sampler = training.make_sampler(3)(rows, batch_size=bsz, drop_last=False, seed=1, generator=torch.Generator())
@@ -57,10 +69,10 @@ def test_the_sampler_reaches_every_row_in_every_epoch_and_repeats_no_positive_in
         orders.add(str(batches))
         assert {i for b in batches for i in b} == set(range(200))
         for b in batches:
-            positives = [rows[i]["positive"] for i in b]
-            assert len(set(positives)) == len(b) <= bsz
-            others = {rows[i]["negative"] for i in b}
-            assert not [i for i in b if rows[i]["positive"] in others - {rows[i]["negative"]}]
+            assert len(b) == len(set(b)) <= bsz
+        assert len(batches) == math.ceil(200 / bsz)
+        repeats = sum(len(b) - len({rows[i]["positive"] for i in b}) for b in batches)
+        assert repeats <= (4 if distinct == 20 else 0) if distinct > 3 else repeats == 200 - distinct * len(batches)  # 20: a few by ill luck
     assert len(orders) == 3
 
 
@@ -70,11 +82,45 @@ def test_batches_are_dealt_evenly_and_a_common_negative_forces_no_extra_batch():
     assert sorted(map(len, batches)) == [25, 25, 25, 25]
 
 
+def test_a_very_common_positive_leaves_no_batch_short():
+    rows = [[f"q{i}", "p" if i < 300 else f"p{i}", f"n{i}"] for i in range(1000)]
+    batches = training.deal_rows(rows, range(1000), 32)
+    assert {len(b) for b in batches} == {31, 32} and {i for b in batches for i in b} == set(range(1000))
+    common = [sum(rows[i][1] == "p" for i in b) for b in batches]
+    assert max(common) - min(common) <= 3
+
+
+def test_rows_that_share_their_positive_are_still_pulled_to_it_and_pushed_from_the_rest():
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    loss = MultipleNegativesRankingLoss(None)
+    d = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    q = torch.nn.functional.normalize(d[:3] + 0.5, dim=1)
+    gradients = []
+    for documents, k in ((d[[0, 1, 2]], 1), (d[[0, 0, 2]], 2)):
+        queries = q.clone().requires_grad_()
+        loss.compute_loss_from_embeddings([queries, documents], None).backward()
+        s = 20 * (q[0] @ documents[[0, 2]].T)
+        own = k * s[0].exp() / (k * s[0].exp() + s[1:].exp().sum()) if k == 2 else None
+        gradients.append((queries.grad[0] * 3 / 20, own))
+    twice, own = gradients[1]
+    assert torch.allclose(twice, (1 - own) * (d[2] - d[0]), atol=1e-5)  # toward the positive, as without the repeat, but weaker
+
+
+def test_a_row_never_meets_another_positive_of_its_query():
+    rows = [["q0", "a", "x"], ["q0", "b", "y"], ["q1", "b", "z"], ["q2", "c", "a"]]  # b answers q0, c's negative is a
+    for seed in range(8):
+        order = torch.randperm(4, generator=torch.Generator().manual_seed(seed)).tolist()
+        for batch in training.deal_rows(rows, order, 4):
+            for i in batch:
+                answers = {p for q, p, _ in rows if q == rows[i][0]}
+                assert not answers & {t for j in batch if j != i for t in rows[j]} - {rows[i][1]}
+
+
 def test_a_positive_never_meets_itself_as_the_negative_of_another_row():
-    rows = [["q0", "a", "b"], ["q1", "b", "c"], ["q2", "c", "d"], ["q0", "e", "f"]]
-    batches = training.deal_rows(rows, range(4), 4)
+    rows = [["q0", "a", "b"], ["q1", "b", "c"], ["q2", "c", "d"], ["q3", "e", "f"]]
+    batches = training.deal_rows(rows, range(4), 2)
     side = {i: n for n, b in enumerate(batches) for i in b}
-    assert side[0] != side[1] != side[2] and side[0] != side[3] and sorted(side) == [0, 1, 2, 3]
+    assert side[0] != side[1] != side[2] and sorted(side) == [0, 1, 2, 3]
 
 
 def test_validation_holds_every_validation_text_once_and_no_test_positive():
@@ -203,6 +249,15 @@ def test_the_train_length_clips_while_training_but_not_the_saved_model(data, tin
     trainer = training.make_trainer(model, columns, None or s1.make_evaluator({"q": "a"}, {"d": "b"}, {"q": {"d"}}), args, "fp32", tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["positive_input_ids"].shape[1] == 8 and model.max_seq_length == 64
+
+
+def test_the_train_length_never_exceeds_what_the_model_reads(data, tiny_model, tmp_path):
+    rows = [r._replace(positive=r.positive + " saw" * 200) for r in triplets()]
+    for flags, width in (((), 64), (("--max_seq_length", "32"), 32)):
+        args = s1.parse_args(["--data", str(data), "--base_model", str(tiny_model), "--offline", *flags])
+        model = training.load_trainee(args, "cpu")[0]
+        trainer = training.make_trainer(model, training.train_columns(rows, 0), s1.make_evaluator({"q": "a"}, {"d": "b"}, {"q": {"d"}}), args, "fp32", tmp_path)
+        assert next(iter(trainer.get_train_dataloader()))["positive_input_ids"].shape[1] == width
 
 
 def test_limit_takes_the_first_training_rows(data, tiny_model, tmp_path):
