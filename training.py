@@ -148,7 +148,7 @@ def positives_of(rows) -> dict[str, set[str]]:
 
 
 def train_columns(rows, seed) -> dict[str, list[str]]:
-    """Rows as columns query, positive, negative, negative_2 …: as many as the richest row has.
+    """Rows as columns query, positive, negative_1, negative_2 …: as many as the richest row has.
 
     The loss wants every row to have the same number, so a shorter row repeats its own negatives; a
     row without any borrows positives of other queries, as the batch does.
@@ -164,8 +164,8 @@ def train_columns(rows, seed) -> dict[str, list[str]]:
     negatives = [r.negatives or tuple(_borrow(ring, i, positives[normalise(r.query)], most)) for i, r in enumerate(rows)] if most else []
     if not all(negatives):
         raise UserError(f"{rows[negatives.index(())].where}: no other query has a positive that could be this row's negative (add rows of other queries)")
-    for n in range(most):
-        columns["negative" if n == 0 else f"negative_{n + 1}"] = [own[n % len(own)] for own in negatives]
+    for n in range(most):  # never "negative" beside "negative_2": the library takes the one for a prefix of the other, and embeds each apart
+        columns[f"negative_{n + 1}"] = [own[n % len(own)] for own in negatives]
     return columns
 
 

@@ -205,7 +205,7 @@ def test_training_batches_begin_with_the_prompts(e5, data, tmp_path):
     trainer = training.make_trainer(model, training.train_columns(triplets(), 0), s1.make_evaluator({"q": "a"}, {"d": "b"}, {"q": {"d"}}),
                                     args, "fp32", tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
-    for column, prompt in (("query", "query: "), ("positive", "passage: "), ("negative", "passage: ")):
+    for column, prompt in (("query", "query: "), ("positive", "passage: "), ("negative_1", "passage: ")):
         start = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert (batch[f"{column}_input_ids"][:, 1:1 + len(start)] == torch.tensor(start)).all()
 

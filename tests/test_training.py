@@ -10,7 +10,7 @@ import torch
 import retrieval
 import training
 from common import UserError
-from conftest import ROWS, stage, write_jsonl
+from conftest import DOCUMENTS, ROWS, stage, write_jsonl
 from reading import Triplet
 
 s1 = stage(1)
@@ -33,9 +33,9 @@ def triplets(rows=ROWS):
 def test_the_columns_are_query_positive_and_negatives_in_this_order():
     rows = [Triplet("q1", "p1", ("n1", "n2"), ""), Triplet("q2", "p2", ("n3",), ""), Triplet("q3", "p3", (), "")]
     columns = training.train_columns(rows, seed=0)
-    assert list(columns) == ["query", "positive", "negative", "negative_2"]
-    assert columns["negative"][:2] == ["n1", "n3"] and columns["negative_2"][:2] == ["n2", "n3"]
-    assert columns["negative"][2] in ("p1", "p2")
+    assert list(columns) == ["query", "positive", "negative_1", "negative_2"]
+    assert columns["negative_1"][:2] == ["n1", "n3"] and columns["negative_2"][:2] == ["n2", "n3"]
+    assert columns["negative_1"][2] in ("p1", "p2")
     assert list(training.train_columns([r._replace(negatives=()) for r in rows], 0)) == ["query", "positive"]
 
 
@@ -50,8 +50,8 @@ def test_a_row_without_negatives_borrows_different_positives_none_of_its_own_que
     for seed in range(6):
         columns = training.train_columns(rows, seed)
         for i, r in enumerate(rows[:3]):
-            assert {columns["negative"][i], columns["negative_2"][i]} <= {"a", "b", "c", "d"} - ({"c"} if i == 2 else {"a", "b"})
-        assert all(a != b for a, b in zip(columns["negative"], columns["negative_2"]))
+            assert {columns["negative_1"][i], columns["negative_2"][i]} <= {"a", "b", "c", "d"} - ({"c"} if i == 2 else {"a", "b"})
+        assert all(a != b for a, b in zip(columns["negative_1"], columns["negative_2"]))
     with pytest.raises(UserError, match="f:7: no other query has a positive"):
         training.train_columns([Triplet("q", "a", ("n",), ""), Triplet("q", "b", (), "f:7")], 0)
 
@@ -235,7 +235,6 @@ def test_training_in_bf16_keeps_fp32_weights_and_scores_what_was_saved(data, tin
     assert {t.dtype for t in safetensors.torch.load_file(tmp_path / "final" / "model.safetensors").values()} == {torch.float32}
     model = retrieval.load_model(str(tmp_path / "final"), "cpu", "bf16", True)
     splits = [triplets()[12:18], triplets()[:12], triplets()[18:]]
-    from conftest import DOCUMENTS
     from reading import Document
     queries, corpus, qrels = s1.validation_set(splits[0], [Document("", d, "") for d in DOCUMENTS], splits[1], splits[2], 500, 42)
     again = s1.score(s1.make_evaluator(queries, corpus, qrels), model, retrieval.encode(model, list(corpus.values()), "document"))
@@ -258,6 +257,16 @@ def test_the_train_length_never_exceeds_what_the_model_reads(data, tiny_model, t
         model = training.load_trainee(args, "cpu")[0]
         trainer = training.make_trainer(model, training.train_columns(rows, 0), s1.make_evaluator({"q": "a"}, {"d": "b"}, {"q": {"d"}}), args, "fp32", tmp_path)
         assert next(iter(trainer.get_train_dataloader()))["positive_input_ids"].shape[1] == width
+
+
+def test_all_documents_of_a_batch_are_embedded_together(data, tiny_model, tmp_path, monkeypatch):
+    args = s1.parse_args(["--data", str(data), "--base_model", str(tiny_model), "--offline", "--bsz", "4"])
+    columns = training.train_columns([r._replace(negatives=(*r.negatives, *DOCUMENTS[:2])) for r in triplets()], 0)
+    trainer = training.make_trainer(training.load_trainee(args, "cpu")[0], columns, s1.make_evaluator({"q": "a"}, {"d": "b"}, {"q": {"d"}}), args, "fp32", tmp_path)
+    sizes = []
+    trainer.model[0].register_forward_pre_hook(lambda module, features: sizes.append(len(features[0]["input_ids"])))
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert sizes == [4, 16]  # the queries, and four documents of each
 
 
 def test_limit_takes_the_first_training_rows(data, tiny_model, tmp_path):
