@@ -104,7 +104,7 @@ def evaluated(graded, data, walk, other_model, tmp_path_factory):
 
 
 def flags(data, walk, graded=None):
-    base = ["--data", str(data), "--finetuned", str(walk / "finetuned" / "final"), "--offline", "--corpus"]
+    base = ["--data", str(data), "--finetuned", str(walk / "finetuned" / "final"), "--offline", "--precision", "fp32", "--corpus"]
     return base + ([str(walk / "corpus.jsonl")] if graded is None else
                    [str(graded / "corpus.jsonl"), "--queries", str(graded / "queries.jsonl"), "--qrels", str(graded / "qrels.tsv")])
 

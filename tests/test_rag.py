@@ -41,7 +41,7 @@ def many(tmp_path_factory, tiny_model, other_model):
     rows = [{"query": " ".join(t.split()[:5]) + f" {i}", "positive": t} for i, t in enumerate(texts[:200])]
     write_jsonl(folder / "data" / "test.jsonl", rows)
     write_jsonl(folder / "corpus.jsonl", [{"_id": text_id(t), "title": "", "text": t} for t in texts])
-    flags = ["--data", folder / "data", "--corpus", folder / "corpus.jsonl", "--baseline", tiny_model, "--finetuned", other_model, "--device", "cpu"]
+    flags = ["--data", folder / "data", "--corpus", folder / "corpus.jsonl", "--baseline", tiny_model, "--finetuned", other_model, "--device", "cpu", "--precision", "fp32"]
     return types.SimpleNamespace(flags=list(map(str, flags)), gold={r["query"]: text_id(r["positive"]) for r in rows})
 
 
