@@ -31,7 +31,7 @@ from common import (FINETUNED, Timer, UserError, add_run_flags, normalise, note,
 from reading import add_data_flags, add_document_flags, all_documents, need_split, read_triplets
 from retrieval import (DEFAULT_MODEL, KINDS, add_model_flags, encode, find_model, fingerprint, load_model, pick_device,
                        pick_precision, prompt_of)
-from training import (LEARNING_RATES, METRICS, check_model, join_processes, learning_rate, load_trained, mine_negatives, mining_pool,
+from training import (LEARNING_RATES, METRICS, check_model, joined_processes, learning_rate, load_trained, mine_negatives, mining_pool,
                       on_lead, processes, prompts_asked, start_checkpoints, train, train_columns)
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from the base model to the fully tuned one, tried beside the whole way
@@ -356,14 +356,14 @@ def finish(args, timer, plan, best, log) -> None:
 def main(argv=None):
     args = parse_args(argv)
     timer = Timer()
-    join_processes(args.device)
-    plan = on_lead(lambda: prepare(args, timer))
-    if plan is None:
-        return
-    with timer("train"):
-        best, log = train(args, plan["columns"], make_evaluator(*plan["validation"]), plan["device"], plan["precision"],
-                          Path(args.out) / "checkpoints")
-    on_lead(lambda: finish(args, timer, plan, best, log))
+    with joined_processes(args.device):
+        plan = on_lead(lambda: prepare(args, timer))
+        if plan is None:
+            return
+        with timer("train"):
+            best, log = train(args, plan["columns"], make_evaluator(*plan["validation"]), plan["device"], plan["precision"],
+                              Path(args.out) / "checkpoints")
+        on_lead(lambda: finish(args, timer, plan, best, log))
 
 
 if __name__ == "__main__":

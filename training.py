@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 from common import UserError, normalise, note, shuffled, write_json
@@ -34,13 +35,16 @@ def is_lead() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def join_processes(device) -> None:
-    """Join the processes that torchrun started; nothing to do in a plain run. Only the lead prints."""
+@contextmanager
+def joined_processes(device):
+    """Within it the processes that torchrun started are joined, and only the lead prints; a plain run is left as it is."""
     if processes() == 1:
+        yield
         return
+    import gc
     import warnings
     from datetime import timedelta
-    import torch
+    import torch.distributed.nn  # imported later, its functions would hold the group for good, as their default
     warnings.filterwarnings("ignore", category=FutureWarning)  # the library gathers by a function that torch has renamed
     device = pick_device(device)
     if device == "cuda":
@@ -49,6 +53,11 @@ def join_processes(device) -> None:
     torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=2))
     if not is_lead():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    yield  # after an error the group is left: to take it apart could wait for a process that is gone
+    # gloo's threads end with the last reference to the group, the trainer's among them; one that still
+    # lets go of a tensor while the interpreter ends would abort the process, with all its work done
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def on_lead(work):
