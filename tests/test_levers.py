@@ -411,7 +411,7 @@ def test_two_processes_mine_once_and_what_one_would_mine(data, tiny_model, tmp_p
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="names of threads are read from /proc")
 def test_no_thread_of_the_process_group_outlives_the_run(data, tiny_model, tmp_path):
-    # one that does may still let go of a tensor while the interpreter ends: under load that aborted one finished run in five
+    # one that does may still let go of a tensor while the interpreter ends: that aborted one finished run in 25 on a busy machine
     script = tmp_path / "threads.py"
     script.write_text(f"""
 import glob, importlib, os, sys
