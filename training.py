@@ -41,7 +41,6 @@ def joined_processes(device):
     if processes() == 1:
         yield
         return
-    import gc
     import warnings
     from datetime import timedelta
     import torch.distributed.nn  # imported later, its functions would hold the group for good, as their default
@@ -56,7 +55,6 @@ def joined_processes(device):
     yield  # after an error the group is left: to take it apart could wait for a process that is gone
     # gloo's threads end with the last reference to the group, the trainer's among them; one that still
     # lets go of a tensor while the interpreter ends would abort the process, with all its work done
-    gc.collect()
     torch.distributed.destroy_process_group()
 
 
