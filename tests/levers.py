@@ -124,6 +124,7 @@ def main():
     if args.other and Path(args.other).resolve().name == args.data.name:
         p.error("--data and --other need folders of different names")
     searched = {args.data: args.size} | ({Path(args.other).resolve(): args.other_size} if args.other else {})
+    args.out.mkdir(parents=True, exist_ok=True)
     for rows in args.rows:
         for seed in args.seeds:  # seed by seed, so that what is stopped early compares all recipes
             for recipe in args.recipes:

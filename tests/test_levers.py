@@ -474,3 +474,30 @@ def test_the_table_of_levers_holds_what_is_measured(tmp_path):
         ["base", "", "0.500", "0.500", "0.500", "", "", "", "0.400", ""],
         ["original walk, no dropout", "1", "0.700", "0.700", "0.700", "", "0.700", "900", "", ""],
         ["default", "2", *["0.850 ± 0.071"] * 3, "+0.100", "0.845 ± 0.078", "100 ± 14", "0.350", "0.300"]]
+
+
+def test_a_recipe_that_stage_1_refuses_leaves_the_others_to_be_measured_once(tmp_path, monkeypatch):
+    calls = []
+
+    def run(script, *words):
+        calls.append((script[0], *(words[words.index("--loss") + 1:words.index("--loss") + 2] if "--loss" in words else ())))
+        if calls[-1] == ("1", "gist"):
+            raise subprocess.CalledProcessError(1, script)
+        made = words[words.index("--out") + 1]
+        if script[0] == "0":
+            made.write_text("")
+            return
+        made.mkdir(parents=True, exist_ok=True)
+        record = {"seconds": {"train": 9}} if script[0] == "1" else {
+            "systems": {label: {m: {"mean": v} for m in levers.METRICS} for label, v in (("baseline", 0.5), ("finetuned", 0.7))}}
+        (made / ("run.json" if script[0] == "1" else "metrics.json")).write_text(json.dumps(record))
+
+    monkeypatch.setattr(levers, "run", run)
+    words = ["levers.py", "--data", str(tmp_path / "home"), "--seeds", "1", "2", "--out", str(tmp_path / "out"), "--recipes"]
+    monkeypatch.setattr(sys, "argv", [*words, "gist", "default"])
+    levers.main()
+    assert calls == [("1", "gist"), ("1",), ("0",), ("2",), ("1", "gist"), ("1",), ("2",)]
+    table = (tmp_path / "out" / "levers-home.md").read_text()
+    assert "| default | 2 | 0.700 ± 0.000 |" in table and "gist" not in table
+    levers.main()
+    assert calls[7:] == [("1", "gist")] * 2  # what is finished is not made again, what was refused is tried again
