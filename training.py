@@ -23,6 +23,7 @@ ADAPTER = "lora.safetensors"
 LEARNING_RATES = {"all weights": 1e-4, "LoRA": 1e-3, "a static model": 0.05}
 MARGIN = 0.05    # mined negatives stay this share below their positive's score (Moreira et al., arXiv 2407.15831)
 MINI_BATCH = 32  # texts that the cached and the gist loss hold activations of at once
+WORKERS = 4      # processes that tokenize ahead of a GPU, by fork: in the training process alone it took longer than the GPU
 
 
 # ---------------------------------------------------------------- several processes
@@ -434,7 +435,7 @@ def make_trainer(model, columns, evaluator, args, precision, folder):
         warmup_steps=0.1, batch_sampler=sampler, seed=args.seed, eval_strategy="steps", save_strategy="steps", eval_steps=every,
         save_steps=every, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model=f"eval_val_cosine_{SELECT}",
         greater_is_better=True, restore_callback_states_from_checkpoint=True, logging_steps=max(1, every // 5), disable_tqdm=True,
-        report_to="none", use_cpu=model.device.type == "cpu", bf16=precision == "bf16",
+        report_to="none", use_cpu=model.device.type == "cpu", bf16=precision == "bf16", dataloader_num_workers=workers(model.device.type),
         prompts={c: model.prompts.get("query" if c == "query" else "document") or "" for c in columns})
     settings._n_gpu = min(settings.n_gpu, 1)  # else plain `python` on several GPUs means the slow DataParallel
     report, bar = callbacks()
@@ -445,6 +446,11 @@ def make_trainer(model, columns, evaluator, args, precision, folder):
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar)
     return trainer
+
+
+def workers(device) -> int:
+    """Processes that prepare batches; the batches do not depend on them. None on a CPU, which they would share with training."""
+    return min(WORKERS, os.cpu_count() or 1) if device == "cuda" and sys.platform == "linux" else 0
 
 
 def _generator():

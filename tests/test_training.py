@@ -1,7 +1,9 @@
 """Stage 1: what is trained on, what is kept, and what is said about it."""
 import json
 import math
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -184,6 +186,32 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(d
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "training_log.jsonl").read_text().splitlines()]
     assert steps == [json.loads(line)["step"] for line in (tmp_path / "whole" / "training_log.jsonl").read_text().splitlines()]
     assert run["arguments"]["resume"] is True
+
+
+def test_processes_that_tokenize_ahead_change_nothing_also_where_a_run_is_resumed(data, tiny_model, tmp_path, monkeypatch):
+    train(data, tiny_model, tmp_path / "alone")
+    monkeypatch.setattr(training, "workers", lambda device: 2)
+    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+    used, collate = tmp_path / "used", SentenceTransformerDataCollator.__call__
+
+    def seen(self, features):
+        with used.open("a") as f:
+            f.write(f"{os.getpid()}\n")
+        return collate(self, features)
+
+    monkeypatch.setattr(SentenceTransformerDataCollator, "__call__", seen)
+    with monkeypatch.context() as m:
+        interrupt_after(m, 2)
+        with pytest.raises(UserError, match="--resume"):
+            train(data, tiny_model, tmp_path / "cut")
+    train(data, tiny_model, tmp_path / "cut", "--resume")
+    assert str(os.getpid()) not in (pids := set(used.read_text().split())) and len(pids) > 1
+    assert weights(tmp_path / "cut") == weights(tmp_path / "alone")
+
+
+def test_only_a_gpu_gets_processes_that_tokenize_ahead():
+    assert training.workers("cpu") == training.workers("mps") == 0
+    assert training.workers("cuda") == (min(4, os.cpu_count()) if sys.platform == "linux" else 0)
 
 
 def test_resume_without_a_checkpoint_is_an_error(data, tiny_model, tmp_path):
