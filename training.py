@@ -450,7 +450,8 @@ def make_trainer(model, columns, evaluator, args, precision, folder):
 
 def workers(device) -> int:
     """Processes that prepare batches; the batches do not depend on them. None on a CPU, which they would share with training."""
-    return min(WORKERS, os.cpu_count() or 1) if device == "cuda" and sys.platform == "linux" else 0
+    own_cores = max(1, (os.cpu_count() or 1) // processes())
+    return min(WORKERS, own_cores) if device == "cuda" and sys.platform == "linux" else 0
 
 
 def _generator():

@@ -209,9 +209,13 @@ def test_processes_that_tokenize_ahead_change_nothing_also_where_a_run_is_resume
     assert weights(tmp_path / "cut") == weights(tmp_path / "alone")
 
 
-def test_only_a_gpu_gets_processes_that_tokenize_ahead():
-    assert training.workers("cpu") == training.workers("mps") == 0
-    assert training.workers("cuda") == (min(4, os.cpu_count()) if sys.platform == "linux" else 0)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are none")
+def test_only_a_gpu_gets_processes_that_tokenize_ahead_and_several_gpus_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert training.workers("cpu") == training.workers("mps") == 0 and training.workers("cuda") == 4
+    for gpus, each in ((8, 2), (32, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(gpus))
+        assert training.workers("cuda") == each
 
 
 def test_resume_without_a_checkpoint_is_an_error(data, tiny_model, tmp_path):
